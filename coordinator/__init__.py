@@ -1,0 +1,1 @@
+"""Introduces, watches and shows: bootstrap, monitor, page. Never on the data path; imports no torch of its own."""

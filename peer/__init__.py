@@ -1,0 +1,1 @@
+"""A member of the swarm: identity, records and directory, transport, hosting of experts."""

@@ -1,0 +1,81 @@
+"""What can go wrong between members, one class per reaction.
+
+SwarmError
+|-- RemoteError             another peer failed us; carries peer_id and method
+|   |-- PeerUnreachable     no connection, or it broke    -> try a replica; suspect the peer
+|   |-- DeadlineExceeded    no answer in time             -> try a replica; suspect the peer
+|   |-- PeerOverloaded      it answered "not now"         -> try a replica; keep the peer
+|   |-- MalformedReply      it broke the protocol         -> try a replica; ban the peer
+|   |-- RequestRejected     it says we broke it           -> do not retry: our bug
+|   `-- NotAuthorised       it does not know us           -> do not retry; exit 8
+|-- TooFewExperts           a step lost too many experts  -> skip the step
+|-- MalformedMessage        bytes that do not decode      -> refuse them
+|-- ManifestMismatch        another run, or its version   -> exit 7, naming the field
+|-- CouldNotListen          the address is taken          -> exit 3
+|-- CouldNotJoin            nobody there let us in        -> exit 4
+`-- FolderInUse             another daemon has the folder -> exit 3
+"""
+
+
+class SwarmError(Exception):
+    """Base of everything this project raises on purpose."""
+
+
+class RemoteError(SwarmError):
+    """Another peer failed us."""
+
+    def __init__(self, message: str, *, peer_id: str, method: str) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+        self.method = method
+
+    def __str__(self) -> str:
+        return f"{self.method} at {self.peer_id[:8]}: {super().__str__()}"
+
+
+class PeerUnreachable(RemoteError):
+    """No connection, or it broke."""
+
+
+class DeadlineExceeded(RemoteError):
+    """No answer in time."""
+
+
+class PeerOverloaded(RemoteError):
+    """It answered "not now"."""
+
+
+class MalformedReply(RemoteError):
+    """It broke the protocol."""
+
+
+class RequestRejected(RemoteError):
+    """It says we broke the protocol: our bug."""
+
+
+class NotAuthorised(RemoteError):
+    """It refuses our identity."""
+
+
+class TooFewExperts(SwarmError):
+    """A step lost too many experts."""
+
+
+class MalformedMessage(SwarmError):
+    """Bytes that do not decode into what they announce."""
+
+
+class ManifestMismatch(SwarmError):
+    """The swarm trains another run, or speaks another version."""
+
+
+class CouldNotListen(SwarmError):
+    """The address cannot be bound."""
+
+
+class CouldNotJoin(SwarmError):
+    """Nobody at the given addresses let us in."""
+
+
+class FolderInUse(SwarmError):
+    """Another daemon holds the state folder."""

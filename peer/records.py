@@ -1,0 +1,120 @@
+"""What members say about themselves in the DHT. Holding one of these models is the proof that it validated.
+
+Signing and checking is `envelope`'s; storing is a `RecordStore`'s.
+"""
+
+import base64
+import math
+from typing import Annotated, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from experts.uid import ExpertUid, RunId
+from peer.transport import Endpoint, PeerId
+
+RECORD_LIFETIME_S = 15.0
+RENEW_EVERY_S = 5.0
+
+PeerState = Literal["joining", "syncing", "online", "draining", "offline"]
+PeerFlag = Literal["relayed", "paused", "quarantined"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer member may say more
+
+
+class HostedExpert(_Record):
+    """One line of a peer's record."""
+
+    uid: str
+    version: Annotated[int, Field(ge=0)]
+    claimed_at_unix_s: Annotated[Finite, Field(ge=0)]
+    """When this peer claimed it; of two claims the lower (claim time, peer id) keeps it."""
+    bias: Finite = 0.0
+    share: Annotated[Finite, Field(ge=0)] = 1.0
+    rows_served: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("uid")
+    @classmethod
+    def _parses(cls, uid: str) -> str:
+        return str(ExpertUid.parse(uid))
+
+
+class PeerRecord(_Record):
+    """A peer: where it is, what it serves, how busy it is. `offline` is the tombstone."""
+
+    peer_id: PeerId
+    state: PeerState
+    flags: tuple[PeerFlag, ...] = ()
+    address: str
+    certificate_der_b64: Annotated[str, Field(max_length=4096)]
+    experts: Annotated[tuple[HostedExpert, ...], Field(max_length=4096)] = ()
+    device: Annotated[str, Field(max_length=32)] = "cpu"
+    queued_rows: Annotated[int, Field(ge=0)] = 0
+    throughput_tokens_per_s: Annotated[Finite, Field(ge=0)] = 0.0
+    software_version: Annotated[str, Field(max_length=64)] = ""
+
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.peer_id, self.address, base64.b64decode(self.certificate_der_b64))
+
+
+class TrainerRecord(_Record):
+    """A trainer: how far it is."""
+
+    peer_id: PeerId
+    state: PeerState
+    step: Annotated[int, Field(ge=0)]
+    loss: float | None = None
+    """Bits per byte of the last step; none before the first."""
+    tokens_per_s: Annotated[Finite, Field(ge=0)] = 0.0
+    answered_share: Annotated[Finite, Field(ge=0, le=1)] = 1.0
+
+    @field_validator("loss")
+    @classmethod
+    def _finite_or_none(cls, loss: float | None) -> float | None:
+        return loss if loss is not None and math.isfinite(loss) else None
+
+
+class RunRecord(_Record):
+    """The signed manifest, as its owner published it."""
+
+    signed_manifest_b64: str
+
+
+AnyRecord = PeerRecord | TrainerRecord | RunRecord
+Kind = Literal["peer", "trainer", "run"]
+
+
+class RecordStore(Protocol):
+    """Signed, expiring records, many per kind, one per member and kind. Eventually consistent; there is no delete.
+
+    `HivemindStore` and `MemoryStore` pass one contract suite. Every method belongs to one event loop.
+    """
+
+    async def put(self, record: AnyRecord, *, lifetime_s: float, now_unix_s: float) -> bool:
+        """Sign and store our own record; False when the DHT refused (an earlier expiry than what it holds)."""
+        ...
+
+    async def peers(self, *, now_unix_s: float) -> dict[PeerId, PeerRecord]:
+        """Every valid, unexpired peer record. Forged, malformed and expired ones are dropped and counted."""
+        ...
+
+    async def trainers(self, *, now_unix_s: float) -> dict[PeerId, TrainerRecord]: ...
+
+    async def run(self, *, now_unix_s: float) -> RunRecord | None: ...
+
+    def addresses(self) -> list[str]:
+        """Multiaddresses at which this member's DHT node can be reached."""
+        ...
+
+    async def close(self) -> None:
+        """Leave the DHT. Idempotent."""
+        ...
+
+
+class RunScoped(Protocol):
+    """Whoever knows which run it belongs to."""
+
+    @property
+    def run_id(self) -> RunId: ...

@@ -1,0 +1,1 @@
+"""The wire: schemas and their committed generated stubs, nothing else. `make protos` regenerates them."""

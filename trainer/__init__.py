@@ -1,0 +1,1 @@
+"""The client: routing, remote calls under autograd, model, data and the training loop."""
