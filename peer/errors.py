@@ -13,7 +13,10 @@ SwarmError
 |-- ManifestMismatch        another run, or its version   -> exit 7, naming the field
 |-- CouldNotListen          the address is taken          -> exit 3
 |-- CouldNotJoin            nobody there let us in        -> exit 4
-`-- FolderInUse             another daemon has the folder -> exit 3
+|-- FolderInUse             another daemon has the folder -> exit 3
+|-- BadConfiguration        a value, name or file given   -> exit 2, naming it
+|-- CheckpointUnusable      missing, torn or another run's -> exit 5
+`-- TrainingGaveUp          too little answers, too long  -> exit 6
 """
 
 
@@ -79,3 +82,15 @@ class CouldNotJoin(SwarmError):
 
 class FolderInUse(SwarmError):
     """Another daemon holds the state folder."""
+
+
+class BadConfiguration(SwarmError):
+    """A value, name or file the user gave cannot be used; the message says which, and from where."""
+
+
+class CheckpointUnusable(SwarmError):
+    """A checkpoint that is missing, torn or of another run."""
+
+
+class TrainingGaveUp(SwarmError):
+    """The swarm answered too little for too long."""
