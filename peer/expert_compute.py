@@ -1,0 +1,169 @@
+"""What the compute thread does with a call: decode, run experts, step, encode. Knows torch; knows no network.
+
+Everything here runs on the one compute thread of the device, so nothing here is locked. Time is an argument.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.bank import ExpertBank, Pass
+from experts.uid import ExpertUid
+from peer.applied import AppliedBackwards
+from peer.kept_inputs import CallKey, KeptInputs
+from peer.messages import Call, ExpertOutcome, GroupReply, Outcome, Role
+from peer.pair_rows import PairRows, pairs_of
+from peer.tensors import all_finite, decode, encode
+from peer.transport import CallRefused, Method, PeerId, Refusal
+
+REPLY_LIFETIME_S = 30.0
+"""At least this long a repeated backward gets the same answer."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, and who sent it."""
+
+    method: Method
+    caller: PeerId
+    call: Call
+
+    @property
+    def key(self) -> CallKey:
+        return self.caller, self.call.call_id
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What may be kept between calls."""
+
+    kept_bytes: int
+    kept_lifetime_s: float
+    reply_bytes: int
+
+
+@dataclass(frozen=True)
+class _KeptCall:
+    rows: PairRows
+    run: Pass
+    """Outputs' versions and, while these stand, the autograd graph."""
+
+
+class ExpertCompute:
+    """The experts of one device and what is remembered between their calls."""
+
+    def __init__(self, bank: ExpertBank, *, device: torch.device, max_staleness: int, memory: Memory) -> None:
+        self.bank = bank
+        self.rows_served: Counter[ExpertUid] = Counter()
+        self.recomputed = 0
+        """Backwards whose graph was gone because one of their experts had stepped since."""
+        self._device = device
+        self._max_staleness = max_staleness
+        self._kept: KeptInputs[_KeptCall] = KeptInputs(max_bytes=memory.kept_bytes, lifetime_s=memory.kept_lifetime_s)
+        self._applied: AppliedBackwards[GroupReply] = AppliedBackwards(
+            max_reply_bytes=memory.reply_bytes, lifetime_s=max(REPLY_LIFETIME_S, memory.kept_lifetime_s)
+        )
+
+    def answer(self, request: Request, *, now_s: float) -> GroupReply:
+        """Run one call. Raises CallRefused when its tensors are not what a correct caller sends."""
+        if request.method is Method.FORWARD:
+            return self._forward(request, now_s)
+        return self._backward(request, now_s)
+
+    def _forward(self, request: Request, now_s: float) -> GroupReply:
+        call = request.call
+        outcomes = {uid: Outcome.OK if self._hosts(uid) else Outcome.UNKNOWN_EXPERT for uid in _uids(call)}
+        rows = self._rows(call).only({uid for uid in outcomes if self._hosts(uid)})
+        if not rows.uids:
+            return self._reply(call, outcomes, None)
+        run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=call.is_training)
+        if not all_finite(run.out_ND):
+            return self._reply(call, outcomes | dict.fromkeys(rows.uids, Outcome.NON_FINITE), None)
+        if call.is_training:
+            size_bytes = rows.x_ND.nbytes + run.graph_bytes
+            self._kept.keep(request.key, _KeptCall(rows, run), size_bytes=size_bytes, now_s=now_s)
+            self.rows_served.update(dict(zip(rows.uids, rows.counts, strict=True)))
+        return self._reply(call, outcomes, run.out_ND)
+
+    def _backward(self, request: Request, now_s: float) -> GroupReply:
+        call = request.call
+        if self._applied.was_applied(request.key):
+            again = self._applied.reply(request.key, now_s=now_s)
+            return again or self._reply(call, dict.fromkeys(_uids(call), Outcome.ALREADY_APPLIED), None)
+        kept = self._kept.take(request.key, now_s=now_s)
+        if kept is None and Role.ROWS not in call.tensors:
+            return self._reply(call, dict.fromkeys(_uids(call), Outcome.MISSING_INPUTS), None)
+        reply = self._apply(call, kept)
+        size_bytes = reply.tensor.size_bytes if reply.tensor is not None else 0
+        self._applied.record(request.key, reply, size_bytes=size_bytes, now_s=now_s)
+        return reply
+
+    def _apply(self, call: Call, kept: _KeptCall | None) -> GroupReply:
+        grad_ND = decode(call.tensors[Role.GRADIENTS]).to(self._device)
+        if not all_finite(grad_ND):
+            raise CallRefused(Refusal.INVALID, "the gradients contain NaN or infinity")
+        rows = kept.rows if kept is not None else self._rows(call)
+        _check_same_pairs(call, rows)
+        outcomes = {uid: self._admit(uid, expert.version) for uid, expert in zip(_uids(call), call.experts, strict=True)}
+        admitted = [uid for uid, outcome in outcomes.items() if outcome is Outcome.OK]
+        if not admitted:
+            return self._reply(call, outcomes, None)
+        rows = rows.only(admitted)
+        if len(admitted) < len(outcomes):
+            grad_ND = grad_ND[pairs_of(_uids(call), [expert.num_rows for expert in call.experts], admitted)]
+        run = kept.run if kept is not None and kept.rows is rows else None
+        if run is None or not self.bank.is_current(run):
+            self.recomputed += 1
+            run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=True)
+        grad_x_ND = self.bank.backward(run, grad_ND, loss_tokens=call.loss_tokens)
+        dropped = self.bank.step(admitted).non_finite
+        return self._reply(call, outcomes | dict.fromkeys(dropped, Outcome.NON_FINITE), rows.sum_by_row(grad_x_ND))
+
+    def _rows(self, call: Call) -> PairRows:
+        """Decode a call's rows and spread them to its pairs. One copy where rows are shared, none otherwise."""
+        x_UD = decode(call.tensors[Role.ROWS]).to(self._device)
+        if not all_finite(x_UD):
+            raise CallRefused(Refusal.INVALID, "the rows contain NaN or infinity")
+        counts = tuple(expert.num_rows for expert in call.experts)
+        if Role.ROW_INDEX not in call.tensors:
+            return PairRows(_uids(call), counts, x_UD.shape[0], x_UD, None)
+        row_index_N = decode(call.tensors[Role.ROW_INDEX]).long()
+        if row_index_N.numel() and not (int(row_index_N.min()) >= 0 and int(row_index_N.max()) < x_UD.shape[0]):
+            raise CallRefused(Refusal.INVALID, f"the row index points outside the {x_UD.shape[0]} rows sent")
+        row_index_N = row_index_N.to(self._device)
+        return PairRows(_uids(call), counts, x_UD.shape[0], x_UD[row_index_N], row_index_N)
+
+    def _admit(self, uid: ExpertUid, version_seen: int) -> Outcome:
+        if not self._hosts(uid):
+            return Outcome.UNKNOWN_EXPERT
+        return Outcome.STALE if self.bank.version(uid) - version_seen > self._max_staleness else Outcome.OK
+
+    def _hosts(self, uid: ExpertUid) -> bool:
+        return uid in self.bank.uids
+
+    def _reply(self, call: Call, outcomes: dict[ExpertUid, Outcome], rows: Tensor | None) -> GroupReply:
+        experts = tuple(
+            ExpertOutcome(uid.index, outcome, self.bank.version(uid) if self._hosts(uid) else 0)
+            for uid, outcome in outcomes.items()
+        )
+        if rows is None:
+            return GroupReply(experts, None)
+        role = Role.OUTPUTS if Role.GRADIENTS not in call.tensors else Role.ROW_GRADIENTS
+        return GroupReply(experts, encode(rows, role, call.reply_codec))
+
+
+def _uids(call: Call) -> tuple[ExpertUid, ...]:
+    return tuple(ExpertUid(call.layer, expert.index) for expert in call.experts)
+
+
+def _check_same_pairs(call: Call, rows: PairRows) -> None:
+    """A backward names experts of its forward, in its order, with as many pairs each."""
+    counts = dict(zip(rows.uids, rows.counts, strict=True))
+    named = {uid: expert.num_rows for uid, expert in zip(_uids(call), call.experts, strict=True)}
+    if any(counts.get(uid) != num_rows for uid, num_rows in named.items()):
+        raise CallRefused(Refusal.INVALID, "the backward names experts or rows that its forward did not have")
+    if list(named) != [uid for uid in rows.uids if uid in named]:
+        raise CallRefused(Refusal.INVALID, "the backward names its forward's experts in another order")

@@ -1,0 +1,67 @@
+"""The expert service: frames in, frames out. Validates at the edge and passes calls to the host. Knows no torch."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from peer.compute_thread import ComputeThreadStopped
+from peer.expert_host import ExpertHost
+from peer.messages import CallLimits, read_call, write_reply
+from peer.transport import CallContext, CallRefused, Method, Refusal
+from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+
+MAX_QUEUED_ROWS = 1 << 20
+"""More than this waiting and a peer says "not now" instead of growing its queue."""
+
+
+class ExpertService:
+    """Answers Info at once, and Forward and Backward through the host. Runs on the event loop."""
+
+    def __init__(self, host: ExpertHost, limits: CallLimits, introduce: Callable[[InfoRequest], InfoReply]) -> None:
+        self._host = host
+        self._limits = limits
+        self._introduce = introduce
+        self._leaving = False
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def info(self, request: InfoRequest) -> InfoReply:
+        return self._introduce(request)
+
+    def forward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+        return self._answer(Method.FORWARD, frames, context)
+
+    def backward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+        return self._answer(Method.BACKWARD, frames, context)
+
+    async def leave(self, *, timeout_s: float) -> bool:
+        """Refuse new calls and wait for the running ones; False when some were still running at the end."""
+        self._leaving = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _answer(
+        self, method: Method, frames: AsyncIterator[CallFrame], context: CallContext
+    ) -> AsyncIterator[ReplyFrame]:
+        if self._leaving:
+            raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another")
+        if self._host.queued_rows > MAX_QUEUED_ROWS:
+            raise CallRefused(Refusal.OVERLOADED, f"{self._host.queued_rows} rows are waiting already; try later")
+        self._running += 1
+        self._idle.clear()
+        try:
+            async with asyncio.timeout_at(context.deadline_s):
+                call = await read_call(frames, self._limits, method)
+                reply = await self._host.answer(method, context.caller, call)
+            for frame in write_reply([reply]):
+                yield frame
+        except ComputeThreadStopped:
+            raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another") from None
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
