@@ -1,0 +1,131 @@
+"""The plan of one layer call: which pairs go out, with which weights, and what comes back adds up to.
+
+Between `dispatch` and `combine` lies the network, which may lose any subset of the pairs. The plan knows none of it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.routing.selection import Fate, Pairs, Scores
+
+Norm = Literal["none", "planned", "responded"]
+"""What weights are divided by, per token: nothing, the sum over the chosen, or over those who answered.
+
+`responded` turns a lone survivor's weight into 1 and so the router's gradient into 0. It measured worst of the three
+(tests/test_routing_learning.py asserts the order) and is here for the methods that were published with it.
+"""
+
+MIN_DENOMINATOR = 1e-12
+"""Below this weights are left as they are. Adding an epsilon instead is fine forward, and 0 * inf = NaN backward."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Pairs sorted by expert, by token within an expert; dropped ones after all that are sent.
+
+    Losses and counts see all M that were chosen; the first N of them are sent.
+    """
+
+    num_tokens: int
+    seq_len: int
+    """Tokens in a sequence; sequences follow each other in T."""
+    token_N: Tensor
+    expert_N: Tensor
+    weights_N: Tensor
+    """Differentiable."""
+    chosen: Pairs
+    weights_M: Tensor
+    """As planned; under `responded`, `combine` divides once more, by what the weights of those who answered sum to."""
+    scores: Scores
+    norm: Norm
+    scale: float
+
+    @classmethod
+    def of(cls, pairs: Pairs, scores: Scores, *, norm: Norm, scale: float, seq_len: int) -> "Plan":
+        """Sort the pairs and weigh them. Waits for the device."""
+        num_tokens, num_experts = scores.probs_TE.shape
+        is_sent_M = pairs.fate_M == Fate.SENT
+        ordered = pairs.at(torch.where(is_sent_M, pairs.expert_M, num_experts).argsort(stable=True))
+        probs_M = scores.probs_TE[ordered.token_M, ordered.expert_M]
+        if norm != "none":
+            probs_M = _normalised(probs_M, ordered.token_M, num_tokens)
+        num_pairs = int(is_sent_M.sum())
+        weights_M = probs_M * scale
+        return cls(
+            num_tokens=num_tokens,
+            seq_len=seq_len,
+            token_N=ordered.token_M[:num_pairs],
+            expert_N=ordered.expert_M[:num_pairs],
+            weights_N=weights_M[:num_pairs],
+            chosen=ordered,
+            weights_M=weights_M,
+            scores=scores,
+            norm=norm,
+            scale=scale,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.scores.probs_TE.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        """N, pairs to send."""
+        return len(self.token_N)
+
+    @property
+    def num_chosen(self) -> int:
+        """M, pairs chosen, dropped ones included."""
+        return len(self.chosen.token_M)
+
+    def groups(self) -> tuple[tuple[int, slice], ...]:
+        """(slot, its rows among the N) for every expert that is sent anything, by slot. Waits for the device."""
+        stops = self.expert_N.bincount(minlength=self.num_experts).cumsum(0).tolist()
+        starts = [0, *stops[:-1]]
+        return tuple((e, slice(a, b)) for e, (a, b) in enumerate(zip(starts, stops, strict=True)) if a < b)
+
+    def dropped(self) -> dict[Fate, int]:
+        """Chosen pairs that are not sent, by what became of them. Waits for the device."""
+        return {Fate(fate): n for fate, n in Counter(self.chosen.fate_M[self.num_pairs :].tolist()).items()}
+
+    def dispatch(self, x_TD: Tensor) -> Tensor:
+        """The input row of every pair, (N, D). Differentiable."""
+        return x_TD.index_select(0, self.token_N)
+
+    def combine(self, out_ND: Tensor, ok_N: Tensor | None = None, fill_ED: Tensor | None = None) -> Tensor:
+        """Weighted sum of what came back, (T, D) in the dtype of `out_ND`, added up in at least float32.
+
+        A row that is not ok may hold anything, NaN too: neither the result nor any gradient sees it. It counts as zero,
+        or as its expert's row of `fill_ED` (finite; typically the mean of what that expert used to answer), as do
+        dropped pairs. A token without an answer or a fill is exactly zero, with finite gradients: the residual stream
+        and the local shared expert carry it. `responded` takes no fill: it spreads a lost weight over the others.
+        """
+        if fill_ED is not None and self.norm == "responded":
+            raise ValueError("weights normalised over the responses leave none for a fill; use norm='planned'")
+        dtype = torch.promote_types(out_ND.dtype, self.weights_M.dtype)
+        rows = out_ND.to(dtype)
+        if ok_N is not None:
+            substitute = rows.new_zeros(()) if fill_ED is None else fill_ED.to(dtype)[self.expert_N]
+            rows = torch.where(ok_N[:, None], rows, substitute)
+        token, weights = self.token_N, self._weights_given(ok_N)
+        if fill_ED is not None:
+            rows = torch.cat([rows, fill_ED.to(dtype)[self.chosen.expert_M[self.num_pairs :]]])
+            token, weights = self.chosen.token_M, self.weights_M
+        y_TD = rows.new_zeros(self.num_tokens, rows.shape[1]).index_add(0, token, rows * weights[:, None].to(dtype))
+        return y_TD.to(out_ND.dtype)
+
+    def _weights_given(self, ok_N: Tensor | None) -> Tensor:
+        if self.norm != "responded":
+            return self.weights_N
+        answered_N = self.weights_N if ok_N is None else torch.where(ok_N, self.weights_N, 0.0)
+        return self.scale * _normalised(answered_N, self.token_N, self.num_tokens)
+
+
+def _normalised(probs: Tensor, token: Tensor, num_tokens: int) -> Tensor:
+    total_T = probs.new_zeros(num_tokens).index_add(0, token, probs)
+    safe_T = torch.where(total_T > MIN_DENOMINATOR, total_T, 1.0)
+    return probs / safe_T[token]
