@@ -36,7 +36,7 @@ class TrunkOptimizer:
         routers: Mapping[str, nn.Parameter],
         settings: TrunkOptimizerSettings,
     ) -> None:
-        """`parameters` is everything that learns, by name, routers included. Decay acts on matrices, never on routers."""
+        """`parameters` is all that learns, by name, routers included. Decay acts on matrices, never on routers."""
         self._settings = settings
         self._parameters = dict(parameters)
         trunk = {name: parameter for name, parameter in parameters.items() if name not in routers}
