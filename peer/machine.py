@@ -1,0 +1,105 @@
+"""Looks at this machine: what is installed, what room there is, what can be bound. Judges nothing; `doctor` does."""
+
+import ctypes
+import os
+import platform
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import torch
+
+from peer.settings import DoctorSettings
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `look` found."""
+
+    python: tuple[int, int, int]
+    torch_version: str
+    accelerator: str | None
+    """Name of the first CUDA or MPS device; None when experts run on the CPU."""
+    num_cores: int
+    memory_total_bytes: int
+    memory_free_bytes: int
+    state_dir: Path
+    disk_free_bytes: int
+    state_dir_writable: bool
+    now_unix_s: float
+    clock_synchronised: bool | None
+    """What the kernel says; None where it cannot be asked."""
+    listen: str
+    listen_error: str | None
+    """Why the peer's address cannot be bound; None when it can."""
+    dht_daemon: Path | None
+    """hivemind's p2pd; None when it is not where the package should have it."""
+    dht_daemon_runs: bool
+
+
+def look(settings: DoctorSettings) -> Machine:
+    """Takes about as long as importing torch; changes nothing but a port bound for a moment."""
+    memory = psutil.virtual_memory()
+    existing = next(
+        folder for folder in (settings.state_dir, *settings.state_dir.absolute().parents) if folder.exists()
+    )
+    daemon = _dht_daemon()
+    major, minor, micro = map(int, platform.python_version_tuple()[:3])
+    return Machine(
+        python=(major, minor, micro),
+        torch_version=torch.__version__,
+        accelerator=_accelerator(),
+        num_cores=len(psutil.Process().cpu_affinity())
+        if hasattr(psutil.Process, "cpu_affinity")
+        else os.cpu_count() or 1,
+        memory_total_bytes=memory.total,
+        memory_free_bytes=memory.available,
+        state_dir=settings.state_dir,
+        disk_free_bytes=shutil.disk_usage(existing).free,
+        state_dir_writable=existing.is_dir() and os.access(existing, os.W_OK),
+        now_unix_s=time.time(),
+        clock_synchronised=_clock_synchronised(),
+        listen=settings.listen,
+        listen_error=_listen_error(settings.listen),
+        dht_daemon=daemon,
+        dht_daemon_runs=daemon is not None and os.access(daemon, os.X_OK),
+    )
+
+
+def _accelerator() -> str | None:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return "Apple GPU" if torch.backends.mps.is_available() else None
+
+
+def _dht_daemon() -> Path | None:
+    package = find_spec("hivemind")  # finds without importing
+    if package is None or package.origin is None:
+        return None
+    daemon = Path(package.origin).parent / "hivemind_cli" / "p2pd"
+    return daemon if daemon.is_file() else None
+
+
+def _listen_error(address: str) -> str | None:
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC binds; a listener still refuses us
+            listener.bind(where)
+            listener.listen()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _clock_synchronised() -> bool | None:
+    """What `adjtimex` returns: TIME_ERROR (5) when nothing keeps the clock. Linux only."""
+    if platform.system() != "Linux":
+        return None
+    state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # all zero: asks, sets nothing
+    return None if state < 0 else state != 5

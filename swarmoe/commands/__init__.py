@@ -1,0 +1,1 @@
+"""One module a command: read its settings, call whoever does the work, answer."""

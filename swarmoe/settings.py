@@ -1,0 +1,57 @@
+"""What the commands of the face itself take; peers, trainers and coordinators bring their own settings."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from peer.settings import LocalModel
+
+
+class OutputSettings(LocalModel):
+    """What every command takes."""
+
+    log_format: Literal["console", "json"] = "console"
+    """Log lines on stderr for people, or one JSON object each."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged; debug has a line per call."""
+
+
+class LocalSettings(LocalModel):
+    """`swarmoe local`"""
+
+    peers: Annotated[int, Field(ge=1, le=64, title="N")] = 4
+    """Peers to start."""
+    trainers: Annotated[int, Field(ge=1, le=16, title="M")] = 1
+    """Trainers to start."""
+    steps: Annotated[int | None, Field(ge=1, title="S")] = None
+    """Training steps; none: as the preset says."""
+    preset: Annotated[str, Field(title="NAME")] = "demo"
+    """The run; `swarmoe config show --presets` lists them."""
+    seed: Annotated[int, Field(ge=0, title="X")] = 0
+    """Seed of the run, of the data order and of who is killed."""
+    report: Annotated[Path | None, Field(title="FILE.json")] = None
+    """Where to write the report; none: only the verdict is printed."""
+    data: Annotated[Path | None, Field(title="PATH")] = None
+    """A text file, or a folder of them; none: the Austen that ships."""
+    kill_every: Annotated[float | None, Field(gt=0, title="SECONDS")] = None
+    """Kill one random peer this often; it comes back 5 s later. None in the last 30 s. none: never."""
+    dashboard: bool = True
+    """Serve the coordinator's page on loopback."""
+    nat: bool = False
+    """Carry every peer through a relay (not built yet)."""
+    latency_ms: Annotated[float | None, Field(ge=0, title="L")] = None
+    """Delay every message (not built yet)."""
+    jitter_ms: Annotated[float | None, Field(ge=0, title="J")] = None
+    """Vary that delay (not built yet)."""
+    loss: Annotated[float | None, Field(ge=0, le=1, title="P")] = None
+    """Lose answers, as a share of calls (not built yet)."""
+    bandwidth_mbit: Annotated[float | None, Field(gt=0, title="W")] = None
+    """Limit each process, in Mbit/s a direction (not built yet)."""
+
+    @field_validator("nat", "latency_ms", "jitter_ms", "loss", "bandwidth_mbit")
+    @classmethod
+    def _not_built(cls, value: float | None) -> float | None:
+        if value:
+            raise ValueError("not built yet")
+        return value
