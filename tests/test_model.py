@@ -8,18 +8,12 @@ from torch import Tensor, nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from peer.manifest import ModelSettings
+from tests.tiny_trunk import NoExperts
 from trainer.model import TransformerLM, dense_hidden
 
 SETTINGS = ModelSettings(dim=32, layers=3, heads=4, kv_heads=2, context=24, vocab=64, shared_hidden=24)
 MOE_LAYERS = 2
 NUM_EXPERTS, TOP_K, HIDDEN = 4, 2, 16
-
-
-class NoExperts(nn.Module):
-    """A swarm in which nobody answers."""
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return torch.zeros_like(x_BSD)
 
 
 class DenseExperts(nn.Module):
