@@ -10,7 +10,7 @@ import torch
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 _EXPERT_SHARE = 0.5
-"""Of the free memory, for weights, moments and gradients; the rest is for activations, kept inputs and everybody else."""
+"""Of the free memory, for weights, moments and gradients; the rest is for activations, kept inputs and other programs."""
 _MAX_UNASKED = 4096
 
 
@@ -57,7 +57,7 @@ def capacity(*, asked: int | None, free_bytes: int, bytes_per_expert: int) -> Ca
             raise ValueError(f"--max-experts {asked} needs more memory than is free: {fits} fit ({each})")
         return Capacity(asked, f"at most {asked} experts, as asked with --max-experts ({each})")
     chosen = min(int(fits * _EXPERT_SHARE), _MAX_UNASKED)
-    return Capacity(chosen, f"room for {chosen} experts in half of the free memory ({each}); change it with --max-experts")
+    return Capacity(chosen, f"room for {chosen} experts in half of the free memory ({each}); see --max-experts")
 
 
 def limit_compute_threads() -> None:

@@ -4,20 +4,19 @@ Everything here runs on the one compute thread of the device, so nothing here is
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from experts.bank import ExpertBank, Pass
 from experts.uid import ExpertUid
 from peer.applied import AppliedBackwards
+from peer.errors import MalformedMessage
 from peer.kept_inputs import CallKey, KeptInputs
-from peer.messages import Call, ExpertOutcome, GroupReply, Outcome, Role
+from peer.messages import BackwardCall, ExpertOutcome, ForwardCall, GroupReply, Mode, Outcome
 from peer.pair_rows import PairRows, pairs_of
-from peer.tensors import all_finite, decode, encode
-from peer.transport import CallRefused, Method, PeerId, Refusal
+from peer.tensors import Role, WireTensor, decode_finite, decode_row_index, encode
+from peer.transport import CallRefused, PeerId, Refusal
 
 REPLY_LIFETIME_S = 30.0
 """At least this long a repeated backward gets the same answer."""
@@ -27,9 +26,8 @@ REPLY_LIFETIME_S = 30.0
 class Request:
     """One call, and who sent it."""
 
-    method: Method
     caller: PeerId
-    call: Call
+    call: ForwardCall | BackwardCall
 
     @property
     def key(self) -> CallKey:
@@ -69,72 +67,75 @@ class ExpertCompute:
 
     def answer(self, request: Request, *, now_s: float) -> GroupReply:
         """Run one call. Raises CallRefused when its tensors are not what a correct caller sends."""
-        if request.method is Method.FORWARD:
-            return self._forward(request, now_s)
-        return self._backward(request, now_s)
+        try:
+            if isinstance(request.call, ForwardCall):
+                return self._forward(request.key, request.call, now_s)
+            return self._backward(request.key, request.call, now_s)
+        except MalformedMessage as error:
+            raise CallRefused(Refusal.INVALID, str(error)) from None
 
-    def _forward(self, request: Request, now_s: float) -> GroupReply:
-        call = request.call
+    def _forward(self, key: CallKey, call: ForwardCall, now_s: float) -> GroupReply:
         outcomes = {uid: Outcome.OK if self._hosts(uid) else Outcome.UNKNOWN_EXPERT for uid in _uids(call)}
-        rows = self._rows(call).only({uid for uid in outcomes if self._hosts(uid)})
+        rows = self._rows(call, call.rows, call.row_index).only({uid for uid in outcomes if self._hosts(uid)})
         if not rows.uids:
             return self._reply(call, outcomes, None)
-        run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=call.is_training)
-        if not all_finite(run.out_ND):
+        is_training = call.mode is Mode.TRAIN
+        run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=is_training)
+        if not torch.isfinite(run.out_ND).all():
             return self._reply(call, outcomes | dict.fromkeys(rows.uids, Outcome.NON_FINITE), None)
-        if call.is_training:
+        if is_training:
             size_bytes = rows.x_ND.nbytes + run.graph_bytes
-            self._kept.keep(request.key, _KeptCall(rows, run), size_bytes=size_bytes, now_s=now_s)
+            self._kept.keep(key, _KeptCall(rows, run), size_bytes=size_bytes, now_s=now_s)
             self.rows_served.update(dict(zip(rows.uids, rows.counts, strict=True)))
-        return self._reply(call, outcomes, run.out_ND)
+        return self._reply(call, outcomes, encode(run.out_ND, role=Role.OUTPUTS, codec=call.reply_codec))
 
-    def _backward(self, request: Request, now_s: float) -> GroupReply:
-        call = request.call
-        if self._applied.was_applied(request.key):
-            again = self._applied.reply(request.key, now_s=now_s)
+    def _backward(self, key: CallKey, call: BackwardCall, now_s: float) -> GroupReply:
+        if self._applied.was_applied(key):
+            again = self._applied.reply(key, now_s=now_s)
             return again or self._reply(call, dict.fromkeys(_uids(call), Outcome.ALREADY_APPLIED), None)
-        kept = self._kept.take(request.key, now_s=now_s)
-        if kept is None and Role.ROWS not in call.tensors:
+        kept = self._kept.take(key, now_s=now_s)
+        if kept is None and call.rows is None:
             return self._reply(call, dict.fromkeys(_uids(call), Outcome.MISSING_INPUTS), None)
         reply = self._apply(call, kept)
-        size_bytes = reply.tensor.size_bytes if reply.tensor is not None else 0
-        self._applied.record(request.key, reply, size_bytes=size_bytes, now_s=now_s)
+        size_bytes = reply.tensor.spec.size_bytes if reply.tensor is not None else 0
+        self._applied.record(key, reply, size_bytes=size_bytes, now_s=now_s)
         return reply
 
-    def _apply(self, call: Call, kept: _KeptCall | None) -> GroupReply:
-        grad_ND = decode(call.tensors[Role.GRADIENTS]).to(self._device)
-        if not all_finite(grad_ND):
-            raise CallRefused(Refusal.INVALID, "the gradients contain NaN or infinity")
-        rows = kept.rows if kept is not None else self._rows(call)
-        _check_same_pairs(call, rows)
-        outcomes = {uid: self._admit(uid, expert.version) for uid, expert in zip(_uids(call), call.experts, strict=True)}
+    def _apply(self, call: BackwardCall, kept: _KeptCall | None) -> GroupReply:
+        grad_ND = decode_finite(call.gradients).to(self._device)
+        rows = self._rows_of_backward(call, kept)
+        outcomes = {
+            uid: self._admit(uid, expert.version) for uid, expert in zip(_uids(call), call.experts, strict=True)
+        }
         admitted = [uid for uid, outcome in outcomes.items() if outcome is Outcome.OK]
         if not admitted:
             return self._reply(call, outcomes, None)
-        rows = rows.only(admitted)
         if len(admitted) < len(outcomes):
             grad_ND = grad_ND[pairs_of(_uids(call), [expert.num_rows for expert in call.experts], admitted)]
+        rows = rows.only(admitted)
         run = kept.run if kept is not None and kept.rows is rows else None
         if run is None or not self.bank.is_current(run):
             self.recomputed += 1
             run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=True)
-        grad_x_ND = self.bank.backward(run, grad_ND, loss_tokens=call.loss_tokens)
-        dropped = self.bank.step(admitted).non_finite
-        return self._reply(call, outcomes | dict.fromkeys(dropped, Outcome.NON_FINITE), rows.sum_by_row(grad_x_ND))
+        grad_x_UD = rows.sum_by_row(self.bank.backward(run, grad_ND, loss_tokens=call.loss_tokens))
+        outcomes |= dict.fromkeys(self.bank.step(admitted).non_finite, Outcome.NON_FINITE)
+        return self._reply(call, outcomes, encode(grad_x_UD, role=Role.ROW_GRADIENTS, codec=call.reply_codec))
 
-    def _rows(self, call: Call) -> PairRows:
+    def _rows_of_backward(self, call: BackwardCall, kept: _KeptCall | None) -> PairRows:
+        if kept is None:
+            assert call.rows is not None, "checked before"
+            return self._rows(call, call.rows, call.row_index)
+        _check_same_pairs(call, kept.rows)
+        return kept.rows
+
+    def _rows(self, call: ForwardCall | BackwardCall, sent: WireTensor, row_index: WireTensor | None) -> PairRows:
         """Decode a call's rows and spread them to its pairs. One copy where rows are shared, none otherwise."""
-        x_UD = decode(call.tensors[Role.ROWS]).to(self._device)
-        if not all_finite(x_UD):
-            raise CallRefused(Refusal.INVALID, "the rows contain NaN or infinity")
+        x_UD = decode_finite(sent).to(self._device)
         counts = tuple(expert.num_rows for expert in call.experts)
-        if Role.ROW_INDEX not in call.tensors:
-            return PairRows(_uids(call), counts, x_UD.shape[0], x_UD, None)
-        row_index_N = decode(call.tensors[Role.ROW_INDEX]).long()
-        if row_index_N.numel() and not (int(row_index_N.min()) >= 0 and int(row_index_N.max()) < x_UD.shape[0]):
-            raise CallRefused(Refusal.INVALID, f"the row index points outside the {x_UD.shape[0]} rows sent")
-        row_index_N = row_index_N.to(self._device)
-        return PairRows(_uids(call), counts, x_UD.shape[0], x_UD[row_index_N], row_index_N)
+        if row_index is None:
+            return PairRows(_uids(call), counts, sent.num_rows, x_UD, None)
+        row_index_N = decode_row_index(row_index, num_rows=sent.num_rows).to(self._device)
+        return PairRows(_uids(call), counts, sent.num_rows, x_UD[row_index_N], row_index_N)
 
     def _admit(self, uid: ExpertUid, version_seen: int) -> Outcome:
         if not self._hosts(uid):
@@ -144,26 +145,21 @@ class ExpertCompute:
     def _hosts(self, uid: ExpertUid) -> bool:
         return uid in self.bank.uids
 
-    def _reply(self, call: Call, outcomes: dict[ExpertUid, Outcome], rows: Tensor | None) -> GroupReply:
-        experts = tuple(
-            ExpertOutcome(uid.index, outcome, self.bank.version(uid) if self._hosts(uid) else 0)
-            for uid, outcome in outcomes.items()
-        )
-        if rows is None:
-            return GroupReply(experts, None)
-        role = Role.OUTPUTS if Role.GRADIENTS not in call.tensors else Role.ROW_GRADIENTS
-        return GroupReply(experts, encode(rows, role, call.reply_codec))
+    def _reply(
+        self, call: ForwardCall | BackwardCall, outcomes: dict[ExpertUid, Outcome], tensor: WireTensor | None
+    ) -> GroupReply:
+        if Outcome.OK not in outcomes.values():
+            tensor = None
+        versions = {uid: self.bank.version(uid) if self._hosts(uid) else 0 for uid in outcomes}
+        return GroupReply(tuple(ExpertOutcome(uid.index, outcomes[uid], versions[uid]) for uid in _uids(call)), tensor)
 
 
-def _uids(call: Call) -> tuple[ExpertUid, ...]:
+def _uids(call: ForwardCall | BackwardCall) -> tuple[ExpertUid, ...]:
     return tuple(ExpertUid(call.layer, expert.index) for expert in call.experts)
 
 
-def _check_same_pairs(call: Call, rows: PairRows) -> None:
+def _check_same_pairs(call: BackwardCall, rows: PairRows) -> None:
     """A backward names experts of its forward, in its order, with as many pairs each."""
-    counts = dict(zip(rows.uids, rows.counts, strict=True))
-    named = {uid: expert.num_rows for uid, expert in zip(_uids(call), call.experts, strict=True)}
-    if any(counts.get(uid) != num_rows for uid, num_rows in named.items()):
-        raise CallRefused(Refusal.INVALID, "the backward names experts or rows that its forward did not have")
-    if list(named) != [uid for uid in rows.uids if uid in named]:
-        raise CallRefused(Refusal.INVALID, "the backward names its forward's experts in another order")
+    named = [(uid, expert.num_rows) for uid, expert in zip(_uids(call), call.experts, strict=True)]
+    if named != [pair for pair in zip(rows.uids, rows.counts, strict=True) if pair in named]:
+        raise CallRefused(Refusal.INVALID, "the backward names experts, rows or an order that its forward did not have")

@@ -1,4 +1,4 @@
-"""The experts of one device behind awaitable methods: claim, serve, snapshot. The same class wherever experts are hosted.
+"""The experts of one device behind awaitable methods: host, serve, snapshot. The same class wherever experts live.
 
 Knows neither the DHT nor gRPC. Belongs to the event loop; its compute thread does the torch work.
 """
@@ -18,8 +18,8 @@ from peer.compute_thread import ComputeThread
 from peer.device import free_memory_bytes
 from peer.expert_compute import ExpertCompute, Memory, Request
 from peer.manifest import RunManifest
-from peer.messages import Call, GroupReply
-from peer.transport import CallRefused, Method, PeerId
+from peer.messages import BackwardCall, ForwardCall, GroupReply
+from peer.transport import CallRefused, PeerId
 
 log = structlog.get_logger(__name__)
 
@@ -92,10 +92,9 @@ class ExpertHost:
         self._busy_since_s, self._tokens_done = now_s, 0
         return rows_per_s
 
-    async def answer(self, method: Method, caller: PeerId, call: Call) -> GroupReply:
+    async def answer(self, caller: PeerId, call: ForwardCall | BackwardCall) -> GroupReply:
         """Run one call. Raises CallRefused; a cancelled caller does not stop work that has begun."""
-        num_rows = sum(expert.num_rows for expert in call.experts)
-        reply = await self._thread.submit(Request(method, caller, call), num_tokens=num_rows)
+        reply = await self._thread.submit(Request(caller, call), num_tokens=call.num_pairs)
         assert isinstance(reply, GroupReply)
         return reply
 
@@ -136,9 +135,7 @@ class ExpertHost:
 
     def _run_batch(self, works: Sequence[Request | _Control]) -> list[object | Exception]:
         results = [self._run(work) for work in works]
-        self._tokens_done += sum(
-            expert.num_rows for work in works if isinstance(work, Request) for expert in work.call.experts
-        )
+        self._tokens_done += sum(work.call.num_pairs for work in works if isinstance(work, Request))
         bank, served = self._compute.bank, self._compute.rows_served
         self._statuses = tuple(ExpertStatus(uid, bank.version(uid), served[uid]) for uid in bank.uids)
         return results

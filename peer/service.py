@@ -1,16 +1,18 @@
 """The expert service: frames in, frames out. Validates at the edge and passes calls to the host. Knows no torch."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from peer.compute_thread import ComputeThreadStopped
 from peer.expert_host import ExpertHost
-from peer.messages import CallLimits, read_call, write_reply
-from peer.transport import CallContext, CallRefused, Method, Refusal
+from peer.messages import BackwardCall, CallLimits, ForwardCall, read_backward, read_forward, write_reply
+from peer.transport import CallContext, CallRefused, Refusal
 from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
 
 MAX_QUEUED_ROWS = 1 << 20
 """More than this waiting and a peer says "not now" instead of growing its queue."""
+
+_Read = Callable[[AsyncIterator[CallFrame], CallLimits], Awaitable[ForwardCall | BackwardCall]]
 
 
 class ExpertService:
@@ -29,10 +31,10 @@ class ExpertService:
         return self._introduce(request)
 
     def forward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
-        return self._answer(Method.FORWARD, frames, context)
+        return self._answer(read_forward, frames, context)
 
     def backward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
-        return self._answer(Method.BACKWARD, frames, context)
+        return self._answer(read_backward, frames, context)
 
     async def leave(self, *, timeout_s: float) -> bool:
         """Refuse new calls and wait for the running ones; False when some were still running at the end."""
@@ -45,7 +47,7 @@ class ExpertService:
         return True
 
     async def _answer(
-        self, method: Method, frames: AsyncIterator[CallFrame], context: CallContext
+        self, read: _Read, frames: AsyncIterator[CallFrame], context: CallContext
     ) -> AsyncIterator[ReplyFrame]:
         if self._leaving:
             raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another")
@@ -55,8 +57,7 @@ class ExpertService:
         self._idle.clear()
         try:
             async with asyncio.timeout_at(context.deadline_s):
-                call = await read_call(frames, self._limits, method)
-                reply = await self._host.answer(method, context.caller, call)
+                reply = await self._host.answer(context.caller, await read(frames, self._limits))
             for frame in write_reply([reply]):
                 yield frame
         except ComputeThreadStopped:

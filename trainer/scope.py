@@ -9,7 +9,7 @@ import contextvars
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peer.transport import PeerId
 from trainer.ledger import Ledger
@@ -83,7 +83,15 @@ class MicroBatch:
     index: int = 0
     loss_tokens: float = 1.0
     """Tokens whose losses the backward sums; 1 for a loss that is already a mean."""
-    defer_observations: bool = field(default=True)
+    defer_observations: bool = True
+    """Routers learn when the step is over, in micro-batch order; else at once."""
+
+    def observe(self, observation: Callable[[], None]) -> None:
+        """Let a router learn from what it saw: now, or when the step is over."""
+        if self.defer_observations:
+            self.scope.observe_later(self.index, observation)
+        else:
+            observation()
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:

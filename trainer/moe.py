@@ -1,0 +1,103 @@
+"""One mixture-of-experts layer whose experts live elsewhere: route, send, combine. Drop-in for any PyTorch model.
+
+Knows neither peers nor the wire: experts are behind `Experts`, what exists behind a function that gives a `View`.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.ledger import Ledger
+from trainer.remote_experts import Experts
+from trainer.routing.plan import Plan
+from trainer.routing.router import Router
+from trainer.routing.view import View
+from trainer.scope import MicroBatch, StepScope, current_micro_batch
+
+
+@dataclass(frozen=True)
+class LayerMetrics:
+    """What became of the last forward's pairs."""
+
+    pairs_sent: int
+    pairs_answered: int
+    experts_alive: int
+    tokens_without_answer: int
+
+
+@dataclass(frozen=True)
+class _Forward:
+    loss: Tensor
+    metrics: LayerMetrics
+
+
+class MoELayer(nn.Module):
+    """(..., D) -> (..., D): the weighted sum of the experts each token was routed to, zero where none answered.
+
+    `loss` (add it to yours, weighted as the preset says) and `metrics` belong to the calling thread's last forward.
+    Outside a training loop of ours every forward is its own step with `timeout_s` to answer in.
+    """
+
+    def __init__(
+        self, layer: int, router: Router, experts: Experts, view: Callable[[int], View], *, timeout_s: float
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.router = router
+        self.ledger = Ledger()
+        """Counts of forwards outside a training loop of ours."""
+        self._experts = experts
+        self._view = view
+        self._timeout_s = timeout_s
+        self._last = threading.local()
+
+    @property
+    def loss(self) -> Tensor:
+        """The balance loss of this thread's last forward, already weighted; a scalar."""
+        return self._of_last_forward().loss
+
+    @property
+    def metrics(self) -> LayerMetrics:
+        """Counts of this thread's last forward."""
+        return self._of_last_forward().metrics
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Blocks until the experts have answered or the deadline is over; never longer."""
+        micro_batch = current_micro_batch() or self._step_of_its_own()
+        x_TD = x.reshape(-1, x.shape[-1])
+        view = self._view(self.layer)
+        plan = self.router(x_TD, view, seq_len=x.shape[-2] if x.dim() > 2 else x_TD.shape[0])
+        out_ND, ok_N = self._experts.run(x_TD, plan, self.layer, micro_batch)
+        y_TD = plan.combine(out_ND, ok_N)
+        self._last.forward = _Forward(self.router.loss(plan), _measure(plan, ok_N))
+        if self.training and micro_batch.scope.train:
+            micro_batch.observe(lambda: self.router.observe(plan, ok_N))
+        return y_TD.reshape(x.shape)
+
+    def _step_of_its_own(self) -> MicroBatch:
+        scope = StepScope(
+            deadline_s=time.monotonic() + self._timeout_s,
+            ledger=self.ledger,
+            train=self.training and torch.is_grad_enabled(),
+        )
+        return MicroBatch(scope, defer_observations=False)
+
+    def _of_last_forward(self) -> _Forward:
+        forward: _Forward | None = getattr(self._last, "forward", None)
+        if forward is None:
+            raise RuntimeError("loss and metrics belong to this thread's last forward, and there was none")
+        return forward
+
+
+def _measure(plan: Plan, ok_N: Tensor) -> LayerMetrics:
+    answered_T = torch.zeros(plan.num_tokens, dtype=torch.bool).index_fill_(0, plan.token_N[ok_N], True)
+    return LayerMetrics(
+        pairs_sent=plan.num_pairs,
+        pairs_answered=int(ok_N.sum()),
+        experts_alive=plan.scores.view.num_live,
+        tokens_without_answer=plan.num_tokens - int(answered_T.sum()),
+    )
