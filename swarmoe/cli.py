@@ -36,35 +36,41 @@ COMMANDS = [
     Command("token", unbuilt("token", "Let somebody into a closed run"), LocalModel),
 ]
 
-app = typer.Typer(
-    name="swarmoe",
-    help="Train one Mixture-of-Experts model together, on GPUs that people already own.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for _command in COMMANDS:
-    add(app, _command, COMMANDS, start_logging)
 
-_config = typer.Typer(help="Show what a command would run with.")
-app.add_typer(_config, name="config")
+def new_app(commands: list[Command]) -> typer.Typer:
+    """The command line over these commands, and `config show` about them."""
+    app = typer.Typer(
+        name="swarmoe",
+        help="Train one Mixture-of-Experts model together, on GPUs that people already own.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for command in commands:
+        add(app, command, commands, start_logging)
+    group = typer.Typer(help="Show what a command would run with.")
+    app.add_typer(group, name="config")
+
+    @group.command("show")
+    def config_show(  # pyright: ignore[reportUnusedFunction]
+        command: Annotated[str, typer.Argument(metavar="COMMAND", help="Whose settings.")] = "local",
+        *,
+        file: Annotated[Path | None, CONFIG_OPTION] = None,
+        sets: Annotated[list[str] | None, SET_OPTION] = None,
+        presets: Annotated[bool, typer.Option("--presets", help="List run presets and routers instead.")] = False,
+        json: Annotated[bool, JSON_OPTION] = False,
+    ) -> int:
+        """Print every value COMMAND would run with, and where it comes from."""
+        if presets:
+            return config.show_presets(as_json=json)
+        shown = config.find(commands, command)
+        given = gather(shown, commands, config=file, sets=sets or [], flags={})
+        return config.show(shown, Invocation(given, json))
+
+    return app
 
 
-@_config.command("show")
-def config_show(
-    command: Annotated[str, typer.Argument(metavar="COMMAND", help="Whose settings.")] = "local",
-    *,
-    file: Annotated[Path | None, CONFIG_OPTION] = None,
-    sets: Annotated[list[str] | None, SET_OPTION] = None,
-    presets: Annotated[bool, typer.Option("--presets", help="List run presets and routers instead.")] = False,
-    json: Annotated[bool, JSON_OPTION] = False,
-) -> int:
-    """Print every value COMMAND would run with, and where it comes from."""
-    if presets:
-        return config.show_presets(as_json=json)
-    shown = config.find(COMMANDS, command)
-    given = gather(shown, COMMANDS, config=file, sets=sets or [], flags={})
-    return config.show(shown, Invocation(given, json))
+app = new_app(COMMANDS)
 
 
 def run(arguments: list[str]) -> int:

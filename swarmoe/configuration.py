@@ -137,7 +137,7 @@ def explain(settings: BaseModel, merged: Layer) -> list[Setting]:
 
 
 def _read(value: Any, annotation: Any) -> Any:
-    """Text from an environment or a flag, shaped for its field: `none`, and lists with commas; the rest is pydantic's."""
+    """Text from an environment or a flag, shaped for its field: `none`, lists with commas; the rest is pydantic's."""
     if not isinstance(value, str):
         return value
     options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)

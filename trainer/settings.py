@@ -1,4 +1,4 @@
-"""What a trainer's owner decides: which swarm, how long, which text, where checkpoints go. The rest is the manifest's."""
+"""What a trainer's owner decides: which swarm, how long, which text, which folder. The rest is the manifest's."""
 
 from pathlib import Path
 from typing import Annotated
