@@ -1,24 +1,11 @@
 """A crash or a full disk leaves what was there before."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from experts.atomic_files import sha256_hex, write_atomically, write_folder_atomically
-
-
-@contextmanager
-def largest_file_bytes(limit: int) -> Iterator[None]:
-    """A disk that is full after `limit` bytes: writes past it fail with EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from tests.full_disk import largest_file_bytes
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
