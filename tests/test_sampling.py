@@ -12,9 +12,13 @@ from trainer.sampling import choose, sample_text
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 
 
-def draw_many(*, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> list[int]:
+def draw_many(
+    count: int = 60, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> list[int]:
     generator = torch.Generator().manual_seed(0)
-    return [choose(LOGITS, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator) for _ in range(400)]
+    return [
+        choose(LOGITS, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator) for _ in range(count)
+    ]
 
 
 def sample(model: TransformerLM, prompt: str = "ab", *, seed: int = 0, num_bytes: int = 20) -> str:
@@ -22,7 +26,7 @@ def sample(model: TransformerLM, prompt: str = "ab", *, seed: int = 0, num_bytes
 
 
 def test_bytes_are_drawn_as_often_as_they_are_likely() -> None:
-    drawn = draw_many()
+    drawn = draw_many(400)
 
     assert [drawn.count(token) / 400 for token in range(4)] == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=0.06)
 
@@ -32,7 +36,7 @@ def test_temperature_zero_takes_the_likeliest() -> None:
 
 
 def test_a_low_temperature_makes_the_likely_likelier() -> None:
-    assert draw_many(temperature=0.25).count(1) > 1.4 * draw_many().count(1)
+    assert draw_many(200, temperature=0.25).count(1) > 1.4 * draw_many(200).count(1)
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:
