@@ -9,24 +9,22 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from experts.uid import ExpertUid
+from peer.addresses import split_address
 
 STATE_HOME = Path("~/.local/state/swarmoe")
 
 
 def _address(text: str) -> str:
-    host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
-        raise ValueError(f"{text!r} is not an address; write HOST:PORT, for example 127.0.0.1:4700")
+    split_address(text, allow_port_0=True)
     return text
 
 
 def _join_address(text: str) -> str:
     if text == "lan":
         raise ValueError("finding peers on the local network is not built yet; give HOST:PORT or HOST:PORT/KEY")
-    address, slash, key = text.partition("/")
-    if slash and not key:
-        raise ValueError(f"{text!r} ends where the key should be; write HOST:PORT or HOST:PORT/KEY")
-    _address(address)
+    from peer.bootstrap import parse_join  # brings cryptography, which `--help` can do without
+
+    parse_join(text)
     return text
 
 
