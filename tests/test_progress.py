@@ -109,7 +109,7 @@ def test_a_disk_that_refuses_metrics_is_said_once_and_training_goes_on(tmp_path:
 
 def watch_on_a_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     """What a real terminal is sent for one step and a note."""
-    for name, value in {"TERM": "xterm-256color", "COLUMNS": "140"}.items() | environment.items():
+    for name, value in ({"TERM": "xterm-256color", "COLUMNS": "140"} | environment).items():
         monkeypatch.setenv(name, value)
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w") as stream:
