@@ -1,0 +1,313 @@
+"""The experts of one device: they compute, gather gradients and step, each on its own clock.
+
+Belongs to one thread, the device's compute thread. Knows nothing of calls, trainers or time.
+N rows of a pass, consecutive per expert; D model width.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from experts.grouped import can_group, prefers_grouped, run_grouped, run_one_by_one
+from experts.initial import initial_weights
+from experts.optimizer import Tensors, Update, gradient_norms, moment_names, take_steps
+from experts.passes import Graph, Pass, gradients
+from experts.registry import expert_kind
+from experts.settings import ExpertOptimizerSettings, ExpertShape
+from experts.stack import TensorStack, num_bytes
+from experts.state import Clock, ExpertState
+from experts.uid import ExpertUid, initial_seed
+
+__all__ = ["ExpertBank", "ExpertState", "Pass", "Steps"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What `ExpertBank.step` did."""
+
+    versions: Mapping[ExpertUid, int]
+    """The new versions of those that stepped."""
+    non_finite: frozenset[ExpertUid]
+    """Those that threw a gradient away, since they were last asked, because it was not finite."""
+
+
+@dataclass
+class _Gathered:
+    """A gradient on its way to the next step."""
+
+    gradients: Tensors
+    rows: int
+    loss_tokens: float
+
+
+@dataclass
+class _Hosted:
+    slot: int
+    clock: Clock
+    revision: int
+    """Unique in the bank, new whenever the weights change: after removal and return a version may repeat."""
+    gathered: _Gathered | None = None
+    had_non_finite: bool = False
+
+    @property
+    def rows_gathered(self) -> int:
+        return self.gathered.rows if self.gathered is not None else 0
+
+    def gather(self, gradients: Tensors, *, rows: int, loss_tokens: float) -> None:
+        """Takes the gradients over: with a step after every backward they are never copied."""
+        if self.gathered is None:
+            self.gathered = _Gathered(gradients, rows, loss_tokens)
+            return
+        for total, gradient in zip(self.gathered.gradients, gradients, strict=True):
+            total.add_(gradient)
+        self.gathered.rows += rows
+        self.gathered.loss_tokens += loss_tokens
+
+
+class ExpertBank:
+    """Experts of one shape, stacked in float32.
+
+    Methods that name an expert raise KeyError when it is not hosted.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        optimizer: ExpertOptimizerSettings,
+        *,
+        device: torch.device,
+        seed: int,
+        grouped: bool | None = None,
+    ) -> None:
+        """`seed` is the run's. `grouped`: None takes the faster way, pass by pass; True needs a shape that allows it.
+
+        Raises ValueError for an unknown or unsuitable expert kind.
+        """
+        self._kind = expert_kind(shape.kind)
+        self._shape = shape
+        self._optimizer = optimizer
+        self._device = device
+        self._seed = seed
+        groupable = can_group(self._kind, shape, torch.float32)
+        if grouped and not groupable:
+            raise ValueError(f"experts of {shape} cannot run as one grouped GEMM")
+        self._grouped = grouped if groupable else False
+        shapes = self._kind.parameter_shapes(shape.dim, shape.hidden)
+        self._weights = TensorStack(shapes, device)
+        self._moments = {moment: TensorStack(shapes, device) for moment in moment_names(optimizer)}
+        self._saved_bytes_per_row = self._kind.saved_bytes_per_row(shape.dim, shape.hidden)
+        self._hosted: dict[ExpertUid, _Hosted] = {}
+        self._num_slots = 0
+        self._free_slots: list[int] = []
+        self._revisions = count()
+
+    @staticmethod
+    def bytes_per_expert(shape: ExpertShape, optimizer: ExpertOptimizerSettings) -> int:
+        """Weights, moments and one gradient."""
+        shapes = expert_kind(shape.kind).parameter_shapes(shape.dim, shape.hidden)
+        return num_bytes(shapes) * (2 + len(moment_names(optimizer)))
+
+    @property
+    def uids(self) -> tuple[ExpertUid, ...]:
+        """The hosted experts, in the order they came."""
+        return tuple(self._hosted)
+
+    def size_bytes(self) -> int:
+        """Memory held now: stacks, free slots included, and gathered gradients."""
+        gathered = [hosted.gathered.gradients for hosted in self._hosted.values() if hosted.gathered is not None]
+        stacks = self._weights.size_bytes + sum(stack.size_bytes for stack in self._moments.values())
+        return stacks + sum(gradient.nbytes for gradients in gathered for gradient in gradients)
+
+    def version(self, uid: ExpertUid) -> int:
+        """Optimiser steps this expert has taken."""
+        return self._hosted[uid].clock.version
+
+    def add(self, uid: ExpertUid) -> None:
+        """Host a fresh expert, the same one on every host of the run. ValueError when it is hosted already."""
+        if uid in self._hosted:
+            raise ValueError(f"expert {uid} is already hosted")
+        weights = initial_weights(self._kind, self._shape, initial_seed(self._seed, uid))
+        slot = self._take_slot()
+        self._hosted[uid] = _Hosted(slot, Clock(), next(self._revisions))
+        _write(self._weights.at(slot), weights)
+        for stack in self._moments.values():
+            for tensor in stack.at(slot).values():
+                tensor.zero_()
+
+    def load(self, uid: ExpertUid, state: ExpertState) -> None:
+        """Host this state, in place of what was hosted under that name. ValueError when it does not fit the bank."""
+        self._check(uid, state)
+        hosted = self._hosted.get(uid)
+        slot = hosted.slot if hosted is not None else self._take_slot()
+        self._hosted[uid] = _Hosted(slot, state.clock, next(self._revisions))
+        _write(self._weights.at(slot), state.weights)
+        for moment, stack in self._moments.items():
+            _write(stack.at(slot), {name: state.moments[f"{moment}.{name}"] for name in state.weights})
+
+    def remove(self, uid: ExpertUid) -> None:
+        """Stop hosting it. Its slot is kept for the next one."""
+        self._free_slots.append(self._hosted.pop(uid).slot)
+
+    def state(self, uid: ExpertUid) -> ExpertState:
+        """A copy on the CPU, safe to keep while the expert goes on learning."""
+        hosted = self._hosted[uid]
+        moments: dict[str, Tensor] = {}
+        for moment, stack in self._moments.items():
+            moments |= _copies(stack.at(hosted.slot), prefix=f"{moment}.")
+        return ExpertState(_copies(self._weights.at(hosted.slot)), moments, hosted.clock)
+
+    def forward(self, x_ND: Tensor, uids: Sequence[ExpertUid], counts: Sequence[int], *, keep_graph: bool) -> Pass:
+        """`counts[i]` consecutive rows through expert `uids[i]`. Without `keep_graph` autograd stays out of it.
+
+        ValueError when an expert is named twice or the counts do not add up to the rows.
+        """
+        if len(set(uids)) != len(uids) or sum(counts) != x_ND.shape[0] or min(counts, default=0) < 0:
+            raise ValueError(
+                f"experts {list(map(str, uids))} with counts {list(counts)} do not fit {x_ND.shape[0]} rows"
+            )
+        hosted = [self._hosted[uid] for uid in uids]
+        pass_ = Pass(
+            x_ND=x_ND.detach(),
+            out_ND=torch.empty_like(x_ND, requires_grad=False),
+            uids=tuple(uids),
+            counts=tuple(counts),
+            versions=tuple(expert.clock.version for expert in hosted),
+            revisions=tuple(expert.revision for expert in hosted),
+            graphs=None,
+            graph_bytes=0,
+        )
+        graphs: dict[tuple[int, ...], Graph] = {}
+        for together in self._computed_together(pass_):
+            graph = self._compute(pass_, together, keep_graph=keep_graph)
+            pass_.out_ND[pass_.span(together)] = graph.out_ND.detach()
+            graphs[together] = graph
+        if keep_graph:
+            pass_.graphs = graphs
+            pass_.graph_bytes = self._saved_bytes_per_row * x_ND.shape[0]
+        return pass_
+
+    def is_current(self, pass_: Pass) -> bool:
+        """Whether a backward of this pass can use its graph: kept, and no expert of it has changed or gone since."""
+        return pass_.graphs is not None and self._unchanged(pass_, range(len(pass_.uids)))
+
+    def backward(self, pass_: Pass, grad_out_ND: Tensor, *, loss_tokens: float) -> Tensor:
+        """Gather the weight gradients and return the gradient of the rows. Steps nothing; uses the pass's graph up.
+
+        `grad_out_ND` is the gradient of the losses of `loss_tokens` tokens, summed. Where an expert has changed since
+        the forward its outputs are computed again: the gradient is that of the present expert. An expert whose gradient
+        is not finite gathers nothing of it and its rows get zero; the next `step` names it.
+        Raises before it gathers anything, or not at all.
+        """
+        if grad_out_ND.shape != pass_.x_ND.shape:
+            raise ValueError(f"gradients {tuple(grad_out_ND.shape)} do not belong to rows {tuple(pass_.x_ND.shape)}")
+        if not (loss_tokens > 0 and math.isfinite(loss_tokens)):
+            raise ValueError(f"loss_tokens must be positive and finite, not {loss_tokens}")
+        grad_x_ND = torch.zeros_like(pass_.x_ND)
+        found: dict[int, Tensors] = {}
+        for together in self._computed_together(pass_):
+            graph = pass_.graphs.get(together) if pass_.graphs is not None else None
+            if graph is None or not self._unchanged(pass_, together):
+                graph = self._compute(pass_, together, keep_graph=True)
+            span = pass_.span(together)
+            grad_x_ND[span], weight_gradients = gradients(graph, grad_out_ND[span].contiguous())
+            found.update(zip(together, weight_gradients, strict=True))
+        pass_.release_graph()
+        norms = gradient_norms([(*tensors, grad_x_ND[pass_.span((position,))]) for position, tensors in found.items()])
+        for (position, tensors), norm in zip(found.items(), norms, strict=True):
+            hosted = self._hosted[pass_.uids[position]]
+            if math.isfinite(norm):
+                hosted.gather(tensors, rows=pass_.counts[position], loss_tokens=loss_tokens)
+            else:
+                hosted.had_non_finite = True
+                grad_x_ND[pass_.span((position,))] = 0
+        return grad_x_ND
+
+    def step(self, uids: Sequence[ExpertUid]) -> Steps:
+        """An optimiser step for those of `uids` that have gathered enough rows; the others are not touched."""
+        asked = {uid: self._hosted[uid] for uid in uids}
+        due = {uid: hosted for uid, hosted in asked.items() if hosted.rows_gathered >= self._optimizer.step_tokens}
+        clocks = take_steps([self._update(hosted) for hosted in due.values()], self._optimizer)
+        stepped: dict[ExpertUid, int] = {}
+        for (uid, hosted), clock in zip(due.items(), clocks, strict=True):
+            hosted.gathered = None
+            if clock is None:
+                hosted.had_non_finite = True
+            else:
+                hosted.clock, hosted.revision = clock, next(self._revisions)
+                stepped[uid] = clock.version
+        non_finite = frozenset(uid for uid, hosted in asked.items() if hosted.had_non_finite)
+        for uid in non_finite:
+            asked[uid].had_non_finite = False
+        return Steps(stepped, non_finite)
+
+    def _computed_together(self, pass_: Pass) -> list[tuple[int, ...]]:
+        """Positions of the experts that have rows: all at once when grouped, else each by itself."""
+        busy = tuple(position for position, num_rows in enumerate(pass_.counts) if num_rows)
+        grouped = self._grouped
+        if grouped is None:
+            grouped = prefers_grouped(self._device, num_experts=len(busy), num_rows=pass_.x_ND.shape[0])
+        if grouped and len(busy) > 1:
+            return [busy]
+        return [(position,) for position in busy]
+
+    def _compute(self, pass_: Pass, together: tuple[int, ...], *, keep_graph: bool) -> Graph:
+        leaves = self._weights.leaves([self._hosted[pass_.uids[position]].slot for position in together])
+        x_ND = pass_.x_ND[pass_.span(together)].detach()
+        counts = [pass_.counts[position] for position in together]
+        with torch.set_grad_enabled(keep_graph):
+            for leaf in (x_ND, *leaves.values()):
+                leaf.requires_grad_(keep_graph)
+            if len(together) > 1:
+                out_ND = run_grouped(self._kind, x_ND, leaves, counts)
+            else:
+                out_ND = run_one_by_one(self._kind, self._shape, x_ND, leaves, counts)
+        return Graph(x_ND, tuple(leaves.values()), out_ND)
+
+    def _unchanged(self, pass_: Pass, positions: Iterable[int]) -> bool:
+        hosted = ((self._hosted.get(pass_.uids[position]), pass_.revisions[position]) for position in positions)
+        return all(expert is not None and expert.revision == revision for expert, revision in hosted)
+
+    def _update(self, hosted: _Hosted) -> Update:
+        assert hosted.gathered is not None
+        return Update(
+            weights=tuple(self._weights.at(hosted.slot).values()),
+            moments=tuple(tuple(stack.at(hosted.slot).values()) for stack in self._moments.values()),
+            gradients=hosted.gathered.gradients,
+            loss_tokens=hosted.gathered.loss_tokens,
+            rows=hosted.gathered.rows,
+            clock=hosted.clock,
+        )
+
+    def _take_slot(self) -> int:
+        if not self._free_slots:
+            # By an eighth, so that a bank that grows one by one does not copy itself every time.
+            grown = self._num_slots + max(1, self._num_slots // 8)
+            for stack in (self._weights, *self._moments.values()):
+                stack.grow(grown)
+            self._free_slots = list(range(self._num_slots, grown))[::-1]
+            self._num_slots = grown
+        return self._free_slots.pop()
+
+    def _check(self, uid: ExpertUid, state: ExpertState) -> None:
+        shapes = self._kind.parameter_shapes(self._shape.dim, self._shape.hidden)
+        expected = dict(shapes) | {
+            f"{moment}.{name}": shape for moment in self._moments for name, shape in shapes.items()
+        }
+        given = {**state.weights, **state.moments}
+        if {name: tensor.shape for name, tensor in given.items()} != expected:
+            raise ValueError(f"the state of expert {uid} does not have the tensors of {self._shape}")
+        if not all(math.isfinite(norm) for norm in gradient_norms([tuple(given.values())])):
+            raise ValueError(f"the state of expert {uid} contains NaN or infinity")
+
+
+def _write(views: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, view in views.items():
+        view.copy_(values[name])
+
+
+def _copies(views: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + name: view.detach().to("cpu", copy=True) for name, view in views.items()}

@@ -1,0 +1,64 @@
+"""Running a stack of same-shape experts: as one grouped GEMM, or one by one. Both compute the same.
+
+N rows, consecutive per expert; E experts in the stack; D model width. Weights are stacked: (E, out, in).
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from experts.registry import ExpertKind
+from experts.settings import ExpertShape
+
+_GEMM_ALIGNMENT_BYTES = 16
+"""`grouped_mm` refuses rows of any other length."""
+_ONE_BY_ONE_FROM_ROWS = 128
+"""Rows per expert from which a CPU runs experts one by one."""
+
+
+def can_group(kind: ExpertKind, shape: ExpertShape, dtype: torch.dtype) -> bool:
+    """Whether `run_grouped` takes experts of this kind, shape and dtype."""
+    aligned = all(width * dtype.itemsize % _GEMM_ALIGNMENT_BYTES == 0 for width in (shape.dim, shape.hidden))
+    return kind.formula is not None and aligned and dtype != torch.float64
+
+
+def prefers_grouped(device: torch.device, *, num_experts: int, num_rows: int) -> bool:
+    """Whether one grouped GEMM is the faster way.
+
+    Measured on one CPU core with 16 experts, forward and backward: at 32 to 64 rows an expert it takes 0.8 of the time
+    (one by one pays Python per expert), from 256 rows on 1.03 to 1.2 of it (the GEMMs are equally fast, but one
+    expert's activations stay in the cache and the stack's do not).
+    """
+    return device.type == "cuda" or num_rows < _ONE_BY_ONE_FROM_ROWS * num_experts
+
+
+def run_grouped(kind: ExpertKind, x_ND: Tensor, stacked: Mapping[str, Tensor], counts: Sequence[int]) -> Tensor:
+    """`counts[e]` rows through expert e, all experts at once. Differentiable in the rows and the stacked weights."""
+    assert kind.formula is not None
+    offsets_E = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x_ND.device)
+
+    def linear(x_NI: Tensor, weight_EOI: Tensor) -> Tensor:
+        out_NO = F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
+        if out_NO.requires_grad:
+            out_NO.register_hook(torch.Tensor.contiguous)  # its backward fails on an expanded gradient
+        return out_NO
+
+    return kind.formula(linear, x_ND.contiguous(), *stacked.values())
+
+
+def run_one_by_one(
+    kind: ExpertKind, shape: ExpertShape, x_ND: Tensor, stacked: Mapping[str, Tensor], counts: Sequence[int]
+) -> Tensor:
+    """As `run_grouped`, for any kind, shape and dtype."""
+    if len(counts) == 1:  # squeezed, not indexed: the gradient of an index is a copy
+        experts = [{name: weight.squeeze(0) for name, weight in stacked.items()}]
+    else:
+        experts = [{name: weight[expert] for name, weight in stacked.items()} for expert in range(len(counts))]
+    outs = [
+        kind.apply(rows_ND, weights, dim=shape.dim, hidden=shape.hidden)
+        for rows_ND, weights in zip(x_ND.split(list(counts)), experts, strict=True)
+    ]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
