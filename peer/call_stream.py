@@ -5,7 +5,7 @@ tensors are decoded, on the compute thread.
 """
 
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import NoReturn, cast
 
 from peer.codecs import Codec
@@ -17,7 +17,7 @@ from peer.transport import CallRefused, Method, Refusal
 from protos import swarm_pb2 as pb
 
 
-def write_call(call: Call) -> Iterator[pb.CallFrame]:
+async def write_call(call: Call) -> AsyncIterator[pb.CallFrame]:
     """The call as it travels; each chunk is copied out of its tensor when it is its turn."""
     yield pb.CallFrame(
         header=pb.CallHeader(

@@ -71,8 +71,8 @@ def size_bytes(dtype: DType, codec: Codec, shape: Sequence[int]) -> int:
 def pack(tensor: Tensor, dtype: DType, codec: Codec) -> memoryview:
     """The values as bytes. Raises TypeError when the tensor is not of this kind.
 
-    A contiguous CPU tensor in its own form (fp32, int32) is not copied: the view keeps it alive, and nobody may write to
-    it until the bytes are sent. bf16 copies once, into half the size, on the tensor's own device.
+    A contiguous CPU tensor in its own form (fp32, int32) is not copied: the view keeps it alive, and nobody may write
+    to it until the bytes are sent. bf16 copies once, into half the size, on the tensor's own device.
     """
     form = _FORMATS[dtype, codec]
     if tensor.dtype != form.inside:

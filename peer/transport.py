@@ -3,7 +3,7 @@
 Two implementations pass one contract suite: `grpc_transport` and `memory_transport`.
 """
 
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType, Protocol
@@ -89,6 +89,11 @@ class Server(Protocol):
 class Transport(Protocol):
     """Dials and listens. Belongs to one event loop."""
 
+    @property
+    def certificate_der(self) -> bytes:
+        """What its servers present: with peer id and address, their `Endpoint`."""
+        ...
+
     async def info(self, address: str, request: InfoRequest, *, timeout_s: float) -> tuple[InfoReply, bytes]:
         """Ask whoever listens at HOST:PORT who they are; returns the reply and their certificate (DER).
 
@@ -99,11 +104,11 @@ class Transport(Protocol):
 
     def call(
         self, endpoint: Endpoint, method: Method, frames: AsyncIterable[CallFrame], *, timeout_s: float
-    ) -> AsyncIterator[ReplyFrame]:
+    ) -> AsyncGenerator[ReplyFrame]:
         """Send `frames`, yield the reply's frames as they come. Ends by `timeout_s`, whatever the peer does.
 
         Raises a RemoteError; a reply that stops early simply stops (the reader misses its CallEnd).
-        Closing the iterator cancels the call.
+        Closing the generator (`aclosing`) cancels the call.
         """
         ...
 

@@ -1,0 +1,118 @@
+"""The listening side of gRPC: TLS, who is calling, statuses. What a call means is the servicer's."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from peer.addresses import join_address, split_address
+from peer.answering import CallerGone, Failure, answer_call, answer_info, context_of
+from peer.certificates import Certificate
+from peer.credentials import METADATA_KEY, CredentialChecker
+from peer.errors import CouldNotListen
+from peer.grpc_status import REFUSAL_KEY, SERVICE, SHARED_OPTIONS, STATUS_OF_REFUSAL, grpc
+from peer.transport import CallRefused, Method, PeerId, Refusal, Servicer
+from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+
+_OPTIONS = [
+    *SHARED_OPTIONS,
+    ("grpc.so_reuseport", 0),  # else a second daemon on a taken port gets half of the first one's calls
+    ("grpc.max_concurrent_streams", 256),
+    # Callers ping while they wait for an answer; by default a server calls that abuse and hangs up.
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+
+
+class GrpcServer:
+    """A listening servicer. Make it and `start` it on the event loop it belongs to."""
+
+    def __init__(self, servicer: Servicer, listen: str, *, peer_id: PeerId, certificate: Certificate) -> None:
+        """Binds the port: raises CouldNotListen when that is impossible, ValueError when `listen` is no address."""
+        self._servicer = servicer
+        self._checker = CredentialChecker(peer_id, certificate.sha256)
+        self._server = grpc.aio.server(options=_OPTIONS)
+        handlers = {
+            "Info": grpc.unary_unary_rpc_method_handler(self._info),
+            Method.FORWARD.value: grpc.stream_stream_rpc_method_handler(self._forward),
+            Method.BACKWARD.value: grpc.stream_stream_rpc_method_handler(self._backward),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        host, _ = split_address(listen, allow_port_0=True)
+        credentials = grpc.ssl_server_credentials([(certificate.private_key_pem, certificate.pem)])
+        try:
+            port = self._server.add_secure_port(listen, credentials)
+        except RuntimeError:
+            raise CouldNotListen(
+                f"cannot listen on {listen}: the port is taken, or the host is not one of this machine's"
+            ) from None
+        self._address = join_address(host, port)
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT actually bound."""
+        return self._address
+
+    async def close(self, grace_s: float) -> None:
+        """Refuse new calls, let running ones end within `grace_s`, then cut them. Idempotent."""
+        await self._server.stop(grace_s)
+
+    async def _info(self, data: bytes, context: Any) -> bytes:
+        try:
+            request = InfoRequest.FromString(data)
+        except DecodeError:
+            answer = CallRefused(Refusal.INVALID, "the request does not decode")
+        else:
+            answer = await answer_info(self._servicer, request)
+        if isinstance(answer, InfoReply):
+            return answer.SerializeToString()
+        return await _abort(context, answer)
+
+    async def _forward(self, data: AsyncIterator[bytes], context: Any) -> None:
+        await self._answer(Method.FORWARD, data, context)
+
+    async def _backward(self, data: AsyncIterator[bytes], context: Any) -> None:
+        await self._answer(Method.BACKWARD, data, context)
+
+    async def _answer(self, method: Method, data: AsyncIterator[bytes], context: Any) -> None:
+        async def send(reply: ReplyFrame) -> None:
+            try:
+                await context.write(reply.SerializeToString())
+            except grpc.aio.BaseError:
+                raise CallerGone from None
+
+        try:
+            caller = self._checker.check(_credential(context), now_unix_s=time.time())
+        except CallRefused as refusal:
+            ending = refusal
+        else:
+            call_context = context_of(caller, timeout_s=context.time_remaining())
+            ending = await answer_call(self._servicer, method, _decode(data), call_context, send)
+        if ending is not None:
+            await _abort(context, ending)
+
+
+async def _decode(data: AsyncIterator[bytes]) -> AsyncIterator[CallFrame]:
+    async for frame in data:
+        try:
+            yield CallFrame.FromString(frame)
+        except DecodeError:
+            raise CallRefused(Refusal.INVALID, "a frame does not decode") from None
+
+
+def _credential(context: Any) -> bytes | None:
+    return dict(context.invocation_metadata() or ()).get(METADATA_KEY)
+
+
+async def _abort(context: Any, ending: CallRefused | Failure) -> Any:
+    """Ends the call with a status; gRPC does it by raising."""
+    if isinstance(ending, CallRefused):
+        name = ((REFUSAL_KEY, ending.refusal.value),)
+        await context.abort(STATUS_OF_REFUSAL[ending.refusal], str(ending), name)
+    is_late = ending is Failure.DEADLINE
+    await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.INTERNAL, str(ending))

@@ -1,0 +1,67 @@
+"""gRPC's words for ours, and the settings both ends of a connection share.
+
+A refusal travels as a status, for tools that read statuses, and by its own name in trailing metadata, because gRPC
+makes some of the same statuses itself. A status without a name was not said by a peer's servicer.
+"""
+
+import os
+
+# We fork nothing; without this every fork of a library prints that gRPC skips its fork handlers. Read at import.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import grpc
+from grpc import StatusCode
+
+from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable, RemoteError
+from peer.refusals import ERROR_OF_REFUSAL
+from peer.transport import CHUNK_BYTES, PeerId, Refusal
+from protos.swarm_pb2 import DESCRIPTOR
+
+SERVICE = DESCRIPTOR.services_by_name["Expert"].full_name
+REFUSAL_KEY = "swarmoe-refusal"
+
+STATUS_OF_REFUSAL: dict[Refusal, StatusCode] = {
+    Refusal.INVALID: StatusCode.INVALID_ARGUMENT,
+    Refusal.WRONG_RUN: StatusCode.FAILED_PRECONDITION,
+    Refusal.UNAUTHENTICATED: StatusCode.UNAUTHENTICATED,
+    Refusal.OVERLOADED: StatusCode.RESOURCE_EXHAUSTED,
+    Refusal.TOO_LARGE: StatusCode.OUT_OF_RANGE,
+}
+
+ERROR_OF_STATUS: dict[StatusCode, type[RemoteError]] = {
+    StatusCode.UNAVAILABLE: PeerUnreachable,
+    StatusCode.CANCELLED: PeerUnreachable,  # the server cut it while closing
+    StatusCode.INTERNAL: PeerUnreachable,  # its bug, or broken inside a frame: a replica may do better
+    StatusCode.UNKNOWN: PeerUnreachable,
+    StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    StatusCode.RESOURCE_EXHAUSTED: MalformedReply,  # a frame beyond what we accept
+    # What follows no peer of ours says without a refusal's name: something else listens there.
+    StatusCode.UNIMPLEMENTED: MalformedReply,
+    StatusCode.INVALID_ARGUMENT: MalformedReply,
+    StatusCode.NOT_FOUND: MalformedReply,
+    StatusCode.ALREADY_EXISTS: MalformedReply,
+    StatusCode.PERMISSION_DENIED: MalformedReply,
+    StatusCode.UNAUTHENTICATED: MalformedReply,
+    StatusCode.FAILED_PRECONDITION: MalformedReply,
+    StatusCode.ABORTED: MalformedReply,
+    StatusCode.OUT_OF_RANGE: MalformedReply,
+    StatusCode.DATA_LOSS: MalformedReply,
+}
+
+_PING_TIMEOUT_MS = 2000
+"""A frozen peer is noticed within this. keepalive_timeout alone does not do it in grpcio 1.85: measured."""
+
+SHARED_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", 4 * CHUNK_BYTES),
+    ("grpc.max_send_message_length", 4 * CHUNK_BYTES),
+    ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+def error_of(error: grpc.aio.AioRpcError, *, peer_id: PeerId, method: str) -> RemoteError:
+    """The one translation of what gRPC raises at a caller."""
+    name = dict(error.trailing_metadata() or ()).get(REFUSAL_KEY)
+    kind = ERROR_OF_REFUSAL[Refusal(name)] if name in list(Refusal) else ERROR_OF_STATUS[error.code()]
+    return kind(error.details() or error.code().name.lower(), peer_id=peer_id, method=method)

@@ -1,0 +1,183 @@
+"""Members over gRPC and TLS 1.3: the dialling side, and the `Transport` of real processes.
+
+One connection per endpoint, certificate included: a peer that restarted with a new certificate is another endpoint.
+"""
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterable
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from peer.addresses import split_address
+from peer.certificates import SERVER_NAME, Certificate, pem_of
+from peer.credentials import METADATA_KEY, CredentialIssuer
+from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable
+from peer.grpc_server import GrpcServer
+from peer.grpc_status import SERVICE, SHARED_OPTIONS, error_of, grpc
+from peer.identity import Identity
+from peer.transport import Endpoint, Method, PeerId, Servicer
+from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+
+_OPTIONS: list[tuple[str, int | str]] = [
+    *SHARED_OPTIONS,
+    ("grpc.ssl_target_name_override", SERVER_NAME),
+    ("grpc.keepalive_time_ms", 1000),  # while calls are open; this is what notices a frozen or cut-off peer
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.enable_retries", 0),  # which replica to try next is the trainer's to decide
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+@dataclass(eq=False)
+class _Connection:
+    channel: Any
+    num_calls: int = 0
+    is_retired: bool = False
+
+
+class GrpcTransport:
+    """Dials and listens as one identity with one certificate. Belongs to the event loop it is first used on."""
+
+    def __init__(self, identity: Identity, certificate: Certificate | None = None) -> None:
+        self._identity = identity
+        self._certificate = certificate or Certificate.generate()
+        self._issuer = CredentialIssuer(identity)
+        self._connections: dict[PeerId, tuple[Endpoint, _Connection]] = {}
+        self._servers: list[GrpcServer] = []
+
+    @property
+    def certificate_der(self) -> bytes:
+        """What our servers present."""
+        return self._certificate.der
+
+    async def info(self, address: str, request: InfoRequest, *, timeout_s: float) -> tuple[InfoReply, bytes]:
+        """See `Transport`. Two handshakes: one to see the certificate, one that trusts nothing else."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                certificate_der = await _certificate_at(address)
+                async with _dial(address, certificate_der) as channel:
+                    data = await channel.unary_unary(f"/{SERVICE}/Info")(request.SerializeToString(), timeout=timeout_s)
+                    return InfoReply.FromString(data), certificate_der
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s", peer_id=address, method="Info") from None
+        except ssl.SSLError as error:
+            raise MalformedReply(f"no swarmoe listens there: {error.reason}", peer_id=address, method="Info") from None
+        except OSError as error:
+            reason = error.strerror or "the connection broke"
+            raise PeerUnreachable(f"cannot connect: {reason}", peer_id=address, method="Info") from None
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, peer_id=PeerId(address), method="Info") from None
+        except DecodeError:
+            raise MalformedReply("the answer does not decode", peer_id=address, method="Info") from None
+
+    async def call(
+        self, endpoint: Endpoint, method: Method, frames: AsyncIterable[CallFrame], *, timeout_s: float
+    ) -> AsyncGenerator[ReplyFrame]:
+        """See `Transport`."""
+        credential = self._issuer.credential(endpoint, now_unix_s=time.time())
+        connection = self._connect(endpoint)
+        connection.num_calls += 1
+        rpc = connection.channel.stream_stream(f"/{SERVICE}/{method.value}")(
+            timeout=max(timeout_s, 0), metadata=((METADATA_KEY, credential),)
+        )
+        sender = asyncio.create_task(_send(rpc, frames))  # ours: ended and awaited below
+        try:
+            async for data in rpc:
+                yield ReplyFrame.FromString(data)
+        except grpc.aio.AioRpcError as error:
+            failure = error_of(error, peer_id=endpoint.peer_id, method=method.value)
+            if isinstance(failure, PeerUnreachable):
+                self._retire(endpoint, connection)  # the next call dials afresh instead of waiting out a back-off
+            raise failure from None
+        except DecodeError:
+            raise MalformedReply("a frame does not decode", peer_id=endpoint.peer_id, method=method.value) from None
+        except asyncio.CancelledError:
+            if sender.done() and not sender.cancelled() and (bug := sender.exception()) is not None:
+                raise bug from None  # `frames` raised, for which the sender cancelled the call
+            raise
+        finally:
+            sender.cancel()
+            rpc.cancel()
+            connection.num_calls -= 1
+            await asyncio.wait([sender])
+            await _close_if_unused(connection)
+
+    async def serve(self, servicer: Servicer, listen: str) -> GrpcServer:
+        """See `Transport`."""
+        server = GrpcServer(servicer, listen, peer_id=self._identity.peer_id, certificate=self._certificate)
+        await server.start()
+        self._servers.append(server)
+        return server
+
+    async def close(self) -> None:
+        """Cut every call, in and out, and close. Idempotent."""
+        for server in self._servers:
+            await server.close(0)
+        connections = [connection for _, connection in self._connections.values()]
+        self._connections.clear()
+        for connection in connections:
+            await connection.channel.close()
+
+    def _connect(self, endpoint: Endpoint) -> _Connection:
+        known, connection = self._connections.get(endpoint.peer_id, (None, None))
+        if connection is not None and known is not None:
+            if known == endpoint:
+                return connection
+            self._retire(known, connection)
+        connection = _Connection(_dial(endpoint.address, endpoint.certificate_der))
+        self._connections[endpoint.peer_id] = (endpoint, connection)
+        return connection
+
+    def _retire(self, endpoint: Endpoint, connection: _Connection) -> None:
+        """No new calls on this one; it closes with its last call."""
+        connection.is_retired = True
+        if self._connections.get(endpoint.peer_id) == (endpoint, connection):
+            del self._connections[endpoint.peer_id]
+
+
+def _dial(address: str, certificate_der: bytes) -> Any:
+    credentials = grpc.ssl_channel_credentials(root_certificates=pem_of(certificate_der))
+    return grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+
+
+async def _send(rpc: Any, frames: AsyncIterable[CallFrame]) -> None:
+    try:
+        async for frame in frames:
+            await rpc.write(frame.SerializeToString())
+        await rpc.done_writing()
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        return  # the call is over; its reader learns why
+    except Exception:
+        rpc.cancel()
+        raise
+
+
+async def _close_if_unused(connection: _Connection) -> None:
+    if connection.is_retired and connection.num_calls == 0:
+        await connection.channel.close()
+
+
+async def _certificate_at(address: str) -> bytes:
+    """The certificate (DER) of whoever listens there; nothing is trusted yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["h2"])
+    host, port = split_address(address)
+    _, writer = await asyncio.open_connection(host, port, ssl=context)
+    try:
+        tls: ssl.SSLObject = writer.get_extra_info("ssl_object")
+        certificate_der = tls.getpeercert(binary_form=True)
+    finally:
+        writer.transport.abort()
+    assert certificate_der is not None, "a TLS server always sends its certificate"
+    return certificate_der
