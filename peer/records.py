@@ -5,11 +5,13 @@ Signing and checking is `envelope`'s; storing is a `RecordStore`'s.
 
 import base64
 import math
+from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from experts.uid import ExpertUid, RunId
+from peer.errors import SwarmError
 from peer.transport import Endpoint, PeerId
 
 RECORD_LIFETIME_S = 15.0
@@ -55,6 +57,12 @@ class PeerRecord(_Record):
     throughput_tokens_per_s: Annotated[Finite, Field(ge=0)] = 0.0
     software_version: Annotated[str, Field(max_length=64)] = ""
 
+    @field_validator("certificate_der_b64")
+    @classmethod
+    def _decodes(cls, certificate_der_b64: str) -> str:
+        base64.b64decode(certificate_der_b64, validate=True)  # binascii.Error is a ValueError
+        return certificate_der_b64
+
     def endpoint(self) -> Endpoint:
         return Endpoint(self.peer_id, self.address, base64.b64decode(self.certificate_der_b64))
 
@@ -86,6 +94,19 @@ AnyRecord = PeerRecord | TrainerRecord | RunRecord
 Kind = Literal["peer", "trainer", "run"]
 
 
+@dataclass(frozen=True)
+class Signed:
+    """A record whose author's signature, run and expiry were checked: made by `envelope.open_envelope` alone."""
+
+    peer_id: PeerId
+    record: AnyRecord
+    expires_at_unix_s: float
+
+
+class RecordsUnavailable(SwarmError):
+    """Our own way into the DHT is down or slow -> go on with what is known, ask again."""
+
+
 class RecordStore(Protocol):
     """Signed, expiring records, many per kind, one per member and kind. Eventually consistent; there is no delete.
 
@@ -93,12 +114,17 @@ class RecordStore(Protocol):
     """
 
     async def put(self, record: AnyRecord, *, lifetime_s: float, now_unix_s: float) -> bool:
-        """Sign and store our own record; False when the DHT refused (an earlier expiry than what it holds)."""
+        """Sign and store our own record; False when the DHT refused (it holds as late an expiry) or is unavailable."""
         ...
 
-    async def peers(self, *, now_unix_s: float) -> dict[PeerId, PeerRecord]:
-        """Every valid, unexpired peer record. Forged, malformed and expired ones are dropped and counted."""
+    async def read(self, kind: Kind, *, now_unix_s: float) -> dict[PeerId, Signed]:
+        """Every valid, unexpired record of a kind. Forged, malformed and expired ones are dropped and counted.
+
+        This and the three below raise RecordsUnavailable.
+        """
         ...
+
+    async def peers(self, *, now_unix_s: float) -> dict[PeerId, PeerRecord]: ...
 
     async def trainers(self, *, now_unix_s: float) -> dict[PeerId, TrainerRecord]: ...
 
