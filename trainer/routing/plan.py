@@ -15,11 +15,11 @@ from trainer.routing.selection import Fate, Pairs, Scores
 Norm = Literal["none", "planned", "responded"]
 """What weights are divided by, per token: nothing, the sum over the chosen, or over those who answered.
 
-`responded` turns a lone survivor's weight into 1 and so the router's gradient into 0. It measured worst of the three
-(tests/test_routing_learning.py asserts the order) and is here for the methods that were published with it.
+`responded` turns a lone survivor's weight into 1 and so the router's gradient into 0. It learns worse when calls are
+lost (tests/test_routing_learning.py measures it) and is here for the methods that were published with it.
 """
 
-MIN_DENOMINATOR = 1e-12
+MIN_DENOMINATOR = 1e-30
 """Below this weights are left as they are. Adding an epsilon instead is fine forward, and 0 * inf = NaN backward."""
 
 

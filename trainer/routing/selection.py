@@ -83,16 +83,16 @@ class TopK:
         return Pairs(token_M, expert_M, rank_M, torch.full_like(expert_M, Fate.SENT))
 
     def _best_groups_only(self, choice_TE: Tensor) -> Tensor:
-        num_tokens, num_experts = choice_TE.shape
+        num_experts = choice_TE.shape[1]
         if num_experts % self.groups or num_experts // self.groups < 2:
             raise ValueError(f"{num_experts} experts do not make {self.groups} equal groups of at least two")
-        choice_TGX = choice_TE.view(num_tokens, self.groups, -1)
+        choice_TGX = choice_TE.unflatten(1, (self.groups, num_experts // self.groups))
         best_two = choice_TGX.topk(2, dim=-1).values
         # A lone survivor is worth its own score, its dead neighbours add nothing; a dead group stays at -inf.
         score_TG = best_two[..., 0] + best_two[..., 1].nan_to_num(neginf=0.0)
         kept_TG = torch.zeros_like(score_TG, dtype=torch.bool)
         kept_TG.scatter_(1, score_TG.topk(self.groups_kept, dim=-1).indices, True)
-        return choice_TGX.masked_fill(~kept_TG[..., None], -torch.inf).view(num_tokens, num_experts)
+        return choice_TGX.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -55,21 +55,19 @@ class View:
     ) -> Self:
         """A view from what experts publish: any non-negative capacity, any finite bias. Missing: all the same.
 
-        Capacities become shares; one that is zero, or too small beside the others, still gets a sliver: an expert
-        that is alive may be chosen. Biases are recentred, since only their differences mean anything and each host
+        Capacities become shares; one that is zero, or tiny beside the largest, still gets a sliver: an expert that is
+        alive may be chosen. Biases are recentred, since only their differences mean anything and each host
         drifts on its own.
         """
         alive_E = torch.as_tensor(alive, dtype=torch.bool)
-        num_live = max(int(alive_E.sum()), 1)
         capacity_E = torch.ones(len(alive_E)) if capacity is None else torch.as_tensor(capacity, dtype=torch.float32)
         bias_E = torch.zeros(len(alive_E)) if bias is None else torch.as_tensor(bias, dtype=torch.float32)
-        live_capacity_E = torch.where(alive_E, capacity_E, 0.0)
-        floor = max(float(live_capacity_E.sum()) / num_live, _TINY) * _LEAST_SHARE
-        live_capacity_E = torch.where(alive_E, live_capacity_E.clamp(min=floor), 0.0)
+        largest = torch.where(alive_E, capacity_E, 0.0).max().clamp(min=torch.finfo(torch.float32).tiny)
+        relative_E = torch.where(alive_E, (capacity_E / largest).clamp(min=_LEAST_SHARE), 0.0)
         return cls(
             uids=tuple(ExpertUid(layer, index) for index in range(len(alive_E))),
             alive_E=alive_E,
-            share_E=live_capacity_E / live_capacity_E.sum().clamp(min=_TINY),
+            share_E=relative_E / relative_E.sum().clamp(min=_LEAST_SHARE),
             prior_E=recentred(bias_E, alive_E),
             epoch=epoch,
         )
@@ -89,8 +87,7 @@ class View:
 
 
 _LEAST_SHARE = 1e-3
-"""Of the mean share. Balance losses divide by the share, so it must not vanish."""
-_TINY = 1e-30
+"""Of the largest share. Balance losses divide by the share, so it must not vanish."""
 
 
 def recentred(bias_E: Tensor, alive_E: Tensor) -> Tensor:
