@@ -1,9 +1,9 @@
-// The loss chart: one line per trainer over its own steps, what was reported drawn faint and its moving mean drawn strong.
+// The loss chart: one line per trainer over its own steps, what was reported drawn faint and its centred moving mean strong.
 
 import { element, shape, shortId, whole } from "./element.js";
 
 const MARGIN = { top: 8, right: 14, bottom: 26, left: 40 };
-const SMOOTHING = 0.85; // weight of the past in the moving mean
+const SMOOTHING = 1 / 40; // half the mean's window, as a share of all points
 const MAX_POINTS = 2000;
 
 export class LossChart {
@@ -52,13 +52,14 @@ export class LossChart {
     const [low, high] = extent(points.map((point) => point[1]));
     const width = this.#box.clientWidth - MARGIN.left - MARGIN.right;
     const height = this.#box.clientHeight - MARGIN.top - MARGIN.bottom;
-    const lossTicks = ticks(low, high, 4);
-    const [bottom, top] = [Math.min(low, lossTicks[0]), Math.max(high, lossTicks.at(-1))];
+    const padding = (high - low) * 0.06 || 0.5;
+    const [bottom, top] = [low - padding, high + padding];
     return {
       x: (step) => MARGIN.left + (width * (step - firstStep)) / (lastStep - firstStep || 1),
       y: (loss) => MARGIN.top + (height * (top - loss)) / (top - bottom || 1),
-      firstStep, lastStep, width, height, lossTicks,
-      stepTicks: ticks(firstStep, lastStep, Math.max(2, Math.floor(width / 110))).filter((tick) => tick >= firstStep && tick <= lastStep),
+      firstStep, lastStep, width, height,
+      lossTicks: ticks(bottom, top, 6),
+      stepTicks: ticks(firstStep, lastStep, Math.max(2, Math.floor(width / 60))).filter(Number.isInteger),
     };
   }
 
@@ -127,14 +128,13 @@ export class LossChart {
 
 const path = (points, { x, y }) => points.map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
 
-/** The moving mean, corrected for having started from nothing. */
+/** A centred mean lags behind nothing; towards the ends its window narrows, evenly on both sides. */
 function smooth(points) {
-  let mean = 0;
-  let weight = 0;
-  return points.map(([step, loss]) => {
-    mean = SMOOTHING * mean + (1 - SMOOTHING) * loss;
-    weight = SMOOTHING * weight + (1 - SMOOTHING);
-    return [step, mean / weight];
+  const half = Math.ceil(points.length * SMOOTHING);
+  return points.map(([step], i) => {
+    const reach = Math.min(half, i, points.length - 1 - i);
+    const window = points.slice(i - reach, i + reach + 1);
+    return [step, window.reduce((sum, [, loss]) => sum + loss, 0) / window.length];
   });
 }
 
@@ -142,14 +142,14 @@ const extent = (values) => values.reduce(([low, high], value) => [Math.min(low, 
 
 const nearest = (points, step) => points.reduce((best, point) => (Math.abs(point[0] - step) < Math.abs(best[0] - step) ? point : best));
 
-/** Round numbers from at or below `low` to at or above `high`, about `count` apart. */
+/** Round numbers between `low` and `high`, about `count` of them. */
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
-  const first = Math.floor(low / step + 1e-9);
-  const last = Math.ceil(high / step - 1e-9);
-  return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(12)));
+  const first = Math.ceil(low / step - 1e-9);
+  const last = Math.floor(high / step + 1e-9);
+  return Array.from({ length: Math.max(0, last - first + 1) }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
 const tidy = (tick) => (Math.abs(tick) >= 1000 ? whole(tick) : String(tick));

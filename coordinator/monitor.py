@@ -129,29 +129,28 @@ class _Teller:
 
 
 def _peer_events(before: SwarmState | None, after: SwarmState, teller: _Teller) -> Iterable[SwarmEvent]:
-    known = {} if before is None else {peer.peer_id: peer for peer in before.peers if peer.state != "offline"}
-    present = {peer.peer_id: peer for peer in after.peers if peer.state != "offline"}
-    said_goodbye = {peer.peer_id for peer in after.peers if peer.state == "offline"}
+    known = {} if before is None else {peer.peer_id: peer for peer in before.peers}
+    present = {peer.peer_id: peer for peer in after.peers}
     for peer_id, peer in present.items():
         who = f"Peer {_short(peer_id)}"
         if peer_id not in known:
-            yield teller.tell("peer.joined", f"{who} joined ({peer.device}), {peer.state}", peer_id, tone="good")
+            yield teller.tell("peer.joined", f"{who} joined ({peer.device}), {peer.state}", peer_id)
         elif peer.state != known[peer_id].state:
             yield teller.tell("peer.state", f"{who} is {peer.state}", peer_id)
         elif peer.flags != known[peer_id].flags:
             yield teller.tell("peer.flags", f"{who} is {' and '.join(peer.flags) or 'without flags'}", peer_id)
     for peer_id in sorted(known.keys() - present.keys()):
-        yield _departure("peer", peer_id, said_goodbye=peer_id in said_goodbye, teller=teller)
+        how = "left" if known[peer_id].state == "draining" else "is gone"
+        yield teller.tell("peer.left", f"Peer {_short(peer_id)} {how}", peer_id)
 
 
 def _trainer_events(before: SwarmState | None, after: SwarmState, teller: _Teller) -> Iterable[SwarmEvent]:
-    known = set() if before is None else _training(before)
-    present = _training(after)
-    said_goodbye = {trainer.peer_id for trainer in after.trainers} - present
+    known = set() if before is None else {trainer.peer_id for trainer in before.trainers}
+    present = {trainer.peer_id for trainer in after.trainers}
     for peer_id in sorted(present - known):
-        yield teller.tell("trainer.joined", f"Trainer {_short(peer_id)} joined", peer_id, tone="good")
+        yield teller.tell("trainer.joined", f"Trainer {_short(peer_id)} joined", peer_id)
     for peer_id in sorted(known - present):
-        yield _departure("trainer", peer_id, said_goodbye=peer_id in said_goodbye, teller=teller)
+        yield teller.tell("trainer.left", f"Trainer {_short(peer_id)} is gone", peer_id)
 
 
 def _expert_events(before: SwarmState | None, after: SwarmState, teller: _Teller) -> Iterable[SwarmEvent]:
@@ -163,19 +162,9 @@ def _expert_events(before: SwarmState | None, after: SwarmState, teller: _Teller
     if lost:
         yield teller.tell("experts.uncovered", f"Nobody serves {_named(lost)} any more", *lost, tone="bad")
     if found:
-        text = "All experts are served" if not after.uncovered else f"{_named(found)} served"
+        verb = "is" if len(found) == 1 else "are"
+        text = f"{_named(found).capitalize()} {verb} served" if after.uncovered else "All experts are served"
         yield teller.tell("experts.covered", text, *found, tone="good")
-
-
-def _departure(kind: str, peer_id: str, *, said_goodbye: bool, teller: _Teller) -> SwarmEvent:
-    who = f"{kind.capitalize()} {_short(peer_id)}"
-    if said_goodbye:
-        return teller.tell(f"{kind}.left", f"{who} left", peer_id)
-    return teller.tell(f"{kind}.lost", f"{who} is gone without a word", peer_id, tone="bad")
-
-
-def _training(state: SwarmState) -> set[str]:
-    return {trainer.peer_id for trainer in state.trainers if trainer.state != "offline"}
 
 
 def _named(uids: Sequence[str]) -> str:

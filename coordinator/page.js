@@ -7,7 +7,7 @@ import { ExpertGrid } from "./grid.js";
 const SILENCE_MS = 20_000; // two missed beats: a network that hangs closes nothing
 const RETRY_MS = 2_000;
 const MAX_LOG_LINES = 200;
-const SHOWN_UIDS = 6;
+const SHOWN_RANGES = 4;
 
 const at = (id) => document.getElementById(id);
 const chart = new LossChart(at("loss-chart"), at("loss-readout"));
@@ -81,7 +81,7 @@ function drawFigures({ experts, uncovered, peers, trainers }) {
   const online = peers.filter((peer) => peer.state === "online").length;
   const losses = trainers.map((trainer) => trainer.loss).filter((loss) => loss !== null);
   figure("figure-experts", whole(experts.length - uncovered.length), ` of ${whole(experts.length)}`);
-  at("figure-experts").classList.toggle("alarm", uncovered.length > 0);
+  at("figure-experts").classList.toggle("alarm", uncovered.length > 0 && peers.length > 0);
   figure("figure-peers", whole(online), online < peers.length ? ` of ${whole(peers.length)}` : "");
   figure("figure-trainers", whole(trainers.length), "");
   figure("figure-tokens", compact(sum(trainers.map((trainer) => trainer.tokens_per_s))), "");
@@ -123,7 +123,7 @@ function fillPeerRow(row, peer) {
     element("td", { title: peer.peer_id }, element("code", {}, shortId(peer.peer_id)), element("span", { class: "endpoint" }, peer.endpoint)),
     element("td", {}, element("span", { class: "state", "data-state": peer.state }, peer.state),
       ...peer.flags.map((flag) => element("span", { class: "flag" }, flag))),
-    element("td", { class: "uids", title: peer.experts.join(" ") }, uidsInWords(peer.experts)),
+    element("td", { class: "uids", title: `${peer.experts.length} experts: ${peer.experts.join(" ")}` }, uidsInWords(peer.experts)),
     element("td", {}, peer.device),
     element("td", { class: "number", "data-label": "Tokens/s" }, compact(peer.throughput_tokens_per_s)),
     element("td", { class: "number", "data-label": "Rows waiting" }, compact(peer.queued_rows)));
@@ -131,8 +131,22 @@ function fillPeerRow(row, peer) {
 
 function uidsInWords(uids) {
   if (uids.length === 0) return "none, spare";
-  const more = uids.length - SHOWN_UIDS;
-  return uids.slice(0, SHOWN_UIDS).join("  ") + (more > 0 ? `  and ${more} more` : "");
+  const runs = ranges(uids);
+  const shown = runs.slice(0, SHOWN_RANGES).map(([first, last]) => (first === last ? first : `${first}–${last}`));
+  return shown.join(", ") + (runs.length > SHOWN_RANGES ? " …" : "");
+}
+
+/** Neighbours within a layer as [first, last]; uids come in order. */
+function ranges(uids) {
+  const runs = [];
+  let next = null;
+  for (const uid of uids) {
+    if (uid === next) runs.at(-1)[1] = uid;
+    else runs.push([uid, uid]);
+    const [layer, index] = uid.split(".");
+    next = `${layer}.${Number(index) + 1}`;
+  }
+  return runs;
 }
 
 function drawTrainers(trainers) {
@@ -144,7 +158,7 @@ function drawTrainers(trainers) {
       element("p", {}, "step ", element("strong", {}, whole(trainer.step)), ", ",
         trainer.loss === null ? "no loss yet" : element("strong", {}, trainer.loss.toFixed(3)),
         trainer.loss === null ? null : " bits per byte"),
-      element("p", {}, `${compact(trainer.tokens_per_s)} tokens/s, ${(100 * trainer.answered_share).toFixed(1)} % of calls answered`))));
+      element("p", {}, `${compact(trainer.tokens_per_s)} tokens/s, ${(100 * trainer.answered_share).toFixed(1)} % answered`))));
 }
 
 function drawEvent({ at_unix_s, text, tone }) {

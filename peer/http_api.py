@@ -29,7 +29,7 @@ from peer.event_feed import EventFeed, FeedFull, Listener
 MAX_CONNECTIONS = 128
 STALLED_CLIENT_MS = 20_000
 CLOSE_WITHIN_S = 2.0
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",

@@ -1,16 +1,16 @@
 """The swarm at one moment, as people and programs read it: `/api/state` and `swarmoe status --json` print this model.
 
-Pure: records in, facts out. Refuses to know where the records came from, and what changed since the last look.
+Pure: a directory snapshot in, facts out. Refuses to know what changed since the last one.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from experts.uid import ExpertUid
 from peer.manifest import RunManifest
-from peer.records import HostedExpert, PeerFlag, PeerRecord, PeerState, TrainerRecord
+from peer.records import PeerFlag, PeerRecord, PeerState, TrainerRecord
+from peer.snapshot import DirectorySnapshot, Replica
 
 
 class _Facts(BaseModel):
@@ -74,37 +74,19 @@ class SwarmState(_Facts):
     """Experts that nobody serves."""
 
 
-def swarm_state(
-    manifest: RunManifest, *, peers: Iterable[PeerRecord], trainers: Iterable[TrainerRecord], at_unix_s: float
-) -> SwarmState:
-    """What these records say about this run. Uids that the run does not have are left out, whoever claims them."""
-    uids = [str(uid) for uid in manifest.uids()]
-    peers = sorted(peers, key=lambda peer: peer.peer_id)
-    serving = _serving(peers, known=frozenset(uids))
+def swarm_state(snapshot: DirectorySnapshot, manifest: RunManifest) -> SwarmState:
+    """What the directory saw of this run. Uids that the run does not have are left out, whoever claims them."""
+    uids = manifest.uids()
+    known = frozenset(map(str, uids))
     return SwarmState(
         run=manifest.run_id,
         name=manifest.name,
-        at_unix_s=at_unix_s,
-        peers=tuple(_peer_facts(peer, known=frozenset(uids)) for peer in peers),
-        experts=tuple(_expert_facts(uid, serving) for uid in uids),
-        trainers=tuple(_trainer_facts(trainer) for trainer in sorted(trainers, key=lambda trainer: trainer.peer_id)),
-        uncovered=tuple(uid for uid in uids if uid not in serving),
+        at_unix_s=snapshot.taken_at_unix_s,
+        peers=tuple(_peer_facts(peer, known=known) for _, peer in sorted(snapshot.peers.items())),
+        experts=tuple(_expert_facts(uid, snapshot.replicas(uid)) for uid in uids),
+        trainers=tuple(_trainer_facts(trainer) for _, trainer in sorted(snapshot.trainers.items())),
+        uncovered=tuple(str(uid) for uid in snapshot.uncovered(uids)),
     )
-
-
-def _serving(
-    peers: Iterable[PeerRecord], *, known: frozenset[str]
-) -> Mapping[str, list[tuple[HostedExpert, PeerRecord]]]:
-    """For each expert that somebody serves: who, the earliest claim first; of equal ones the lower peer id."""
-    serving: defaultdict[str, list[tuple[HostedExpert, PeerRecord]]] = defaultdict(list)
-    for peer in peers:
-        if peer.state == "online":
-            for expert in peer.experts:
-                if expert.uid in known:
-                    serving[expert.uid].append((expert, peer))
-    for replicas in serving.values():
-        replicas.sort(key=lambda replica: (replica[0].claimed_at_unix_s, replica[1].peer_id))
-    return serving
 
 
 def _peer_facts(peer: PeerRecord, *, known: frozenset[str]) -> PeerFacts:
@@ -122,16 +104,15 @@ def _peer_facts(peer: PeerRecord, *, known: frozenset[str]) -> PeerFacts:
     )
 
 
-def _expert_facts(uid: str, serving: Mapping[str, list[tuple[HostedExpert, PeerRecord]]]) -> ExpertFacts:
-    replicas = serving.get(uid, [])
-    lease, primary = replicas[0] if replicas else (None, None)
+def _expert_facts(uid: ExpertUid, replicas: Sequence[Replica]) -> ExpertFacts:
+    primary = replicas[0] if replicas else None
     return ExpertFacts(
-        uid=uid,
-        replicas=tuple(peer.peer_id for _, peer in replicas),
-        primary=None if primary is None else primary.peer_id,
-        version=None if lease is None else lease.version,
+        uid=str(uid),
+        replicas=tuple(replica.endpoint.peer_id for replica in replicas),
+        primary=None if primary is None else primary.endpoint.peer_id,
+        version=None if primary is None else primary.version,
         load=0 if primary is None else primary.queued_rows,
-        rows_served=sum(expert.rows_served for expert, _ in replicas),
+        rows_served=sum(replica.rows_served for replica in replicas),
     )
 
 
