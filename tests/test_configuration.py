@@ -156,6 +156,15 @@ def test_a_run_file_reads_back_to_the_same_run(tmp_path: Path) -> None:
     assert again.run_id == manifest.run_id
 
 
+def test_the_example_run_is_a_run() -> None:
+    file = Path(__file__).resolve().parent.parent / "examples" / "run.toml"
+
+    manifest, sources = run_manifest({}, preset="demo", file=file)
+
+    assert (manifest.name, manifest.router.top_k) == ("mine", 4)
+    assert sources["seed"].source == str(file)
+
+
 def test_an_unknown_preset_is_told_the_names_there_are() -> None:
     with pytest.raises(BadConfiguration, match="there are: ci, demo, tiny"):
         preset_layer("dmeo")
