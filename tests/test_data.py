@@ -157,8 +157,8 @@ def test_the_checkout_brings_its_own_text() -> None:
     assert dataset.train_bytes + dataset.validation_bytes == 4_025_023
 
 
-def test_without_a_checkout_one_is_told_what_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data._CHECKOUT", tmp_path)
+def test_without_the_shipped_text_one_is_told_what_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data._SHIPPED", (tmp_path / "austen.txt",))
 
     with pytest.raises(DataUnusable, match="pass --data PATH"):
         default_data_path()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from experts.atomic_files import sha256_hex, write_folder_atomically
-from peer.errors import SwarmError
+from peer.errors import CheckpointUnusable, SwarmError
 from peer.manifest import RunManifest
 
 FORMAT_VERSION = 1
@@ -32,10 +32,6 @@ _UNFINISHED = re.compile(r"\.checkpoint-\d{6,}\..*")
 _PARTS = ("trunk", "optimizer", "random")
 
 log = structlog.get_logger(__name__)
-
-
-class CheckpointUnusable(SwarmError):
-    """There is nothing to resume from; says why, for each candidate. Exit 5."""
 
 
 class CheckpointNotSaved(SwarmError):

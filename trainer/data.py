@@ -18,16 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peer.errors import SwarmError
+from peer.errors import BadConfiguration
 
 HELD_OUT_SHARE = 0.05
 MAPPED_FILES = 64
 """Files mapped at once; a folder may hold more than a process may open."""
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = (_PACKAGE.parent / "data" / "austen.txt", _PACKAGE / "austen.txt")
+"""Where the text is in a checkout, and where the wheel has it."""
 
 
-class DataUnusable(SwarmError):
+class DataUnusable(BadConfiguration):
     """The text to train on is missing, empty or too short; says what to do. Exit 2."""
 
 
@@ -94,11 +96,11 @@ class ByteDataset:
 
 
 def default_data_path() -> Path:
-    """The text that comes with a checkout. Raises DataUnusable where only the wheel was installed."""
-    path = _CHECKOUT / "data" / "austen.txt"
-    if not path.is_file():
-        raise DataUnusable("this installation came without text: pass --data PATH, a file or a folder of files")
-    return path
+    """The text that ships. Raises DataUnusable where somebody has removed it."""
+    for path in _SHIPPED:
+        if path.is_file():
+            return path
+    raise DataUnusable("this installation came without text: pass --data PATH, a file or a folder of files")
 
 
 @dataclass(frozen=True)
