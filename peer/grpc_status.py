@@ -1,10 +1,15 @@
 """gRPC's words for ours, and the settings both ends of a connection share.
 
-A refusal travels as a status, for tools that read statuses, and by its own name in trailing metadata, because gRPC
-makes some of the same statuses itself. A status without a name was not said by a peer's servicer.
+A refusal travels as a status, for tools that read statuses, and in words of its own in the metadata, because gRPC makes
+some of the same statuses itself: a status without them was not said by a peer's servicer. They travel first as well as
+last, because grpc.aio forgets the status of a call that ends while its caller is still writing (grpc/grpc#36066), and a
+call too large for a peer always does.
 """
 
+import asyncio
 import os
+from contextlib import suppress
+from typing import Any
 
 # We fork nothing; without this every fork of a library prints that gRPC skips its fork handlers. Read at import.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -14,11 +19,13 @@ from grpc import StatusCode
 
 from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable, RemoteError
 from peer.refusals import ERROR_OF_REFUSAL
-from peer.transport import CHUNK_BYTES, PeerId, Refusal
+from peer.transport import CHUNK_BYTES, CallRefused, PeerId, Refusal
 from protos.swarm_pb2 import DESCRIPTOR
 
 SERVICE = DESCRIPTOR.services_by_name["Expert"].full_name
-REFUSAL_KEY = "swarmoe-refusal"
+_REFUSAL_KEY = "swarmoe-refusal"
+_SENTENCE_KEY = "swarmoe-refusal-sentence-bin"
+_FORGOTTEN_STATUS_S = 0.2
 
 STATUS_OF_REFUSAL: dict[Refusal, StatusCode] = {
     Refusal.INVALID: StatusCode.INVALID_ARGUMENT,
@@ -60,8 +67,24 @@ SHARED_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def error_of(error: grpc.aio.AioRpcError, *, peer_id: PeerId, method: str) -> RemoteError:
-    """The one translation of what gRPC raises at a caller."""
-    name = dict(error.trailing_metadata() or ()).get(REFUSAL_KEY)
-    kind = ERROR_OF_REFUSAL[Refusal(name)] if name in list(Refusal) else ERROR_OF_STATUS[error.code()]
-    return kind(error.details() or error.code().name.lower(), peer_id=peer_id, method=method)
+def words_of(refusal: CallRefused) -> tuple[tuple[str, str | bytes], ...]:
+    """A refusal as metadata."""
+    return (_REFUSAL_KEY, refusal.refusal.value), (_SENTENCE_KEY, str(refusal).encode())
+
+
+async def error_of(error: grpc.aio.AioRpcError, call: Any, *, peer_id: PeerId, method: str) -> RemoteError:
+    """The one translation of what gRPC raises at a caller. `call` is the call it was raised by."""
+    refusal = _refusal_in(error.trailing_metadata())
+    if refusal is None and error.code() is StatusCode.INTERNAL:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FORGOTTEN_STATUS_S):
+                refusal = _refusal_in(await call.initial_metadata())
+    if refusal is not None:
+        return ERROR_OF_REFUSAL[refusal.refusal](str(refusal), peer_id=peer_id, method=method)
+    return ERROR_OF_STATUS[error.code()](error.details() or error.code().name.lower(), peer_id=peer_id, method=method)
+
+
+def _refusal_in(metadata: Any) -> CallRefused | None:
+    words = dict(metadata or ())
+    name, sentence = words.get(_REFUSAL_KEY), words.get(_SENTENCE_KEY, b"")
+    return CallRefused(Refusal(name), sentence.decode(errors="replace")) if name in list(Refusal) else None

@@ -30,7 +30,7 @@ _OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.enable_retries", 0),  # which replica to try next is the trainer's to decide
+    ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
@@ -63,9 +63,7 @@ class GrpcTransport:
         try:
             async with asyncio.timeout(timeout_s):
                 certificate_der = await _certificate_at(address)
-                async with _dial(address, certificate_der) as channel:
-                    data = await channel.unary_unary(f"/{SERVICE}/Info")(request.SerializeToString(), timeout=timeout_s)
-                    return InfoReply.FromString(data), certificate_der
+                return await _ask(address, request, certificate_der), certificate_der
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s", peer_id=address, method="Info") from None
         except ssl.SSLError as error:
@@ -73,10 +71,6 @@ class GrpcTransport:
         except OSError as error:
             reason = error.strerror or "the connection broke"
             raise PeerUnreachable(f"cannot connect: {reason}", peer_id=address, method="Info") from None
-        except grpc.aio.AioRpcError as error:
-            raise error_of(error, peer_id=PeerId(address), method="Info") from None
-        except DecodeError:
-            raise MalformedReply("the answer does not decode", peer_id=address, method="Info") from None
 
     async def call(
         self, endpoint: Endpoint, method: Method, frames: AsyncIterable[CallFrame], *, timeout_s: float
@@ -93,7 +87,7 @@ class GrpcTransport:
             async for data in rpc:
                 yield ReplyFrame.FromString(data)
         except grpc.aio.AioRpcError as error:
-            failure = error_of(error, peer_id=endpoint.peer_id, method=method.value)
+            failure = await error_of(error, rpc, peer_id=endpoint.peer_id, method=method.value)
             if isinstance(failure, PeerUnreachable):
                 self._retire(endpoint, connection)  # the next call dials afresh instead of waiting out a back-off
             raise failure from None
@@ -146,6 +140,17 @@ class GrpcTransport:
 def _dial(address: str, certificate_der: bytes) -> Any:
     credentials = grpc.ssl_channel_credentials(root_certificates=pem_of(certificate_der))
     return grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+
+
+async def _ask(address: str, request: InfoRequest, certificate_der: bytes) -> InfoReply:
+    async with _dial(address, certificate_der) as channel:
+        call = channel.unary_unary(f"/{SERVICE}/Info")(request.SerializeToString())
+        try:
+            return InfoReply.FromString(await call)
+        except grpc.aio.AioRpcError as error:
+            raise await error_of(error, call, peer_id=PeerId(address), method="Info") from None
+        except DecodeError:
+            raise MalformedReply("the answer does not decode", peer_id=address, method="Info") from None
 
 
 async def _send(rpc: Any, frames: AsyncIterable[CallFrame]) -> None:
