@@ -27,7 +27,7 @@ class Check:
 
 def diagnose(machine: Machine) -> list[Check]:
     """Every check, in the order in which to mend them."""
-    return [check(machine) for check in CHECKS]
+    return [check for judge in CHECKS if (check := judge(machine)) is not None]
 
 
 def _python(machine: Machine) -> Check:
@@ -95,4 +95,19 @@ def _dht(machine: Machine) -> Check:
     return Check("dht", "ok", "hivemind's p2pd is there")
 
 
-CHECKS: tuple[Callable[[Machine], Check], ...] = (_python, _torch, _device, _memory, _disk, _clock, _ports, _dht)
+def _swarm(machine: Machine) -> Check | None:
+    swarm = machine.swarm
+    if swarm is None:
+        return None
+    if not swarm.speaks_our_version:
+        return Check("swarm", "error", str(swarm.error), "install the version that the swarm runs")
+    if swarm.error is not None:
+        fix = "check the address and its key, and that no firewall is between: both ways are TCP"
+        return Check("swarm", "error", swarm.error, fix)
+    return Check("swarm", "ok", f"run {swarm.run}; first contact in {swarm.answered_in_ms:.0f} ms")
+
+
+CHECKS: tuple[Callable[[Machine], Check | None], ...] = (
+    *(_python, _torch, _device, _memory, _disk, _clock, _ports, _dht),
+    _swarm,
+)

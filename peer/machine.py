@@ -1,5 +1,6 @@
-"""Looks at this machine: what is installed, what room there is, what can be bound. Judges nothing; `doctor` does."""
+"""Looks at this machine: what is installed, what room there is, who can be reached. Judges nothing; `doctor` does."""
 
+import asyncio
 import ctypes
 import os
 import platform
@@ -13,7 +14,24 @@ from pathlib import Path
 import psutil
 import torch
 
+from peer.bootstrap import introduce, parse_join
+from peer.errors import CouldNotJoin, ManifestMismatch
+from peer.grpc_transport import GrpcTransport
+from peer.identity import Identity
 from peer.settings import DoctorSettings
+
+ANSWER_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class SwarmSeen:
+    """What came of asking at `--join`."""
+
+    run: str
+    """Name of the run, and how many experts it has; empty when nobody let us in."""
+    answered_in_ms: float
+    error: str | None
+    speaks_our_version: bool
 
 
 @dataclass(frozen=True)
@@ -39,10 +57,12 @@ class Machine:
     dht_daemon: Path | None
     """hivemind's p2pd; None when it is not where the package should have it."""
     dht_daemon_runs: bool
+    swarm: SwarmSeen | None
+    """None when no swarm was named."""
 
 
 def look(settings: DoctorSettings) -> Machine:
-    """Takes about as long as importing torch; changes nothing but a port bound for a moment."""
+    """Changes nothing; a port is bound for a moment, and each address to join is given 5 s to answer. Blocks."""
     memory = psutil.virtual_memory()
     existing = next(
         folder for folder in (settings.state_dir, *settings.state_dir.absolute().parents) if folder.exists()
@@ -67,7 +87,22 @@ def look(settings: DoctorSettings) -> Machine:
         listen_error=_listen_error(settings.listen),
         dht_daemon=daemon,
         dht_daemon_runs=daemon is not None and os.access(daemon, os.X_OK),
+        swarm=asyncio.run(_swarm_seen(settings.join)) if settings.join else None,
     )
+
+
+async def _swarm_seen(join: tuple[str, ...]) -> SwarmSeen:
+    transport = GrpcTransport(Identity.generate())  # first contact needs no identity of ours
+    started_s = time.monotonic()
+    try:
+        introduction = await introduce(transport, [parse_join(text) for text in join], timeout_s=ANSWER_WITHIN_S)
+    except (CouldNotJoin, ManifestMismatch) as error:
+        return SwarmSeen("", 0.0, str(error), speaks_our_version=not isinstance(error, ManifestMismatch))
+    finally:
+        await transport.close()
+    run = introduction.manifest
+    elapsed_ms = (time.monotonic() - started_s) * 1e3
+    return SwarmSeen(f"{run.name}, {len(run.uids())} experts", elapsed_ms, None, speaks_our_version=True)
 
 
 def _accelerator() -> str | None:

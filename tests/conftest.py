@@ -18,6 +18,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def closed_port() -> Iterator[str]:
+    """HOST:PORT at which nobody listens: bound, so that nobody else can, and not listening."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.fixture
 def silent_listener() -> Iterator[str]:
     """HOST:PORT at which somebody listens and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

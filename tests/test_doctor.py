@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peer.doctor import CHECKS, diagnose
-from peer.machine import Machine, look
+from peer.machine import Machine, SwarmSeen, look
 from peer.settings import DoctorSettings
 
 GIB = 1 << 30
@@ -27,13 +27,24 @@ WELL = Machine(
     listen_error=None,
     dht_daemon=Path("/p2pd"),
     dht_daemon_runs=True,
+    swarm=SwarmSeen("demo, 16 experts", 12.0, None, speaks_our_version=True),
 )
 
 
 def test_a_machine_in_good_order_needs_no_fix() -> None:
     checks = diagnose(WELL)
 
-    assert [check.name for check in checks] == ["python", "torch", "device", "memory", "disk", "clock", "ports", "dht"]
+    assert [check.name for check in checks] == [
+        "python",
+        "torch",
+        "device",
+        "memory",
+        "disk",
+        "clock",
+        "ports",
+        "dht",
+        "swarm",
+    ]
     assert {(check.status, check.fix) for check in checks} == {("ok", "")}
 
 
@@ -51,6 +62,8 @@ def test_a_machine_in_good_order_needs_no_fix() -> None:
         ("ports", "error", {"listen_error": "Address already in use"}),
         ("dht", "error", {"dht_daemon": None, "dht_daemon_runs": False}),
         ("dht", "error", {"dht_daemon_runs": False}),
+        ("swarm", "error", {"swarm": SwarmSeen("", 0.0, "nobody let us in", speaks_our_version=True)}),
+        ("swarm", "error", {"swarm": SwarmSeen("", 0.0, "protocol 1, theirs 2", speaks_our_version=False)}),
     ],
 )
 def test_each_complaint_says_what_to_do(name: str, status: str, change: dict[str, Any]) -> None:
@@ -74,7 +87,8 @@ def test_the_look_finds_what_runs_these_tests(tmp_path: Path) -> None:
     assert machine.disk_free_bytes > 0
     assert machine.listen_error is None
     assert machine.dht_daemon_runs
-    assert len(diagnose(machine)) == len(CHECKS)
+    assert machine.swarm is None
+    assert len(diagnose(machine)) == len(CHECKS) - 1  # nothing is said of a swarm that nobody asked about
     assert not (tmp_path / "not").exists()
 
 
@@ -82,6 +96,13 @@ def test_a_taken_port_is_seen(silent_listener: str) -> None:
     machine = look(DoctorSettings(listen=silent_listener))
 
     assert machine.listen_error == "Address already in use"
+
+
+def test_a_swarm_that_does_not_answer_is_reported_with_the_reason(closed_port: str) -> None:
+    machine = look(DoctorSettings(join=(closed_port,)))
+
+    assert machine.swarm is not None
+    assert f"{closed_port}: cannot connect: " in str(machine.swarm.error)
 
 
 def test_a_folder_that_is_a_file_is_not_writable(tmp_path: Path) -> None:
