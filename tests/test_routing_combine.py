@@ -65,6 +65,15 @@ def test_combine_is_the_weighted_sum_of_what_came_back(norm: Norm) -> None:
     torch.testing.assert_close(y_TD, dense_sum(plan, out_ND, torch.where(ok_N, 2.5 * weights_N, 0.0)))
 
 
+@pytest.mark.parametrize("norm", ["planned", "responded"])
+def test_planned_weights_of_a_token_sum_to_the_scale(norm: Norm) -> None:
+    plan = linear_router(DIM, 4, 2, gate=sigmoid, norm=norm, scale=2.5)(tokens(0), View.all_alive(0, 4))
+
+    sum_T = torch.zeros(10).index_add(0, plan.token_N, plan.weights_N)
+
+    torch.testing.assert_close(sum_T, torch.full((10,), 2.5))
+
+
 @properties
 @given(seeds)
 def test_all_experts_equal_is_the_dense_network_whatever_is_lost_if_each_token_has_one_answer(seed: int) -> None:

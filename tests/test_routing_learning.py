@@ -48,8 +48,9 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 def error_of_a_dense_network(seed: int, hidden: int) -> float:
     batch = cluster_teachers(seed)
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, D))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, D))
 
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(STEPS):

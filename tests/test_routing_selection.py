@@ -86,11 +86,11 @@ def test_groups_bound_where_a_token_reaches() -> None:
 
 
 def test_a_group_with_one_survivor_can_still_be_chosen_and_a_dead_one_never() -> None:
-    view = View.of(0, [True, False, False, False, True, True])
+    view = View.of(0, [False, False, False, True, True, True])
 
-    pairs = TopK(3, groups=3, groups_kept=2)(scores_of([[0.5, 0, 0, 0, 0.2, 0.1]], view=view))
+    pairs = TopK(3, groups=3, groups_kept=2)(scores_of([[0, 0, 0, 0.5, 0.2, 0.1]], view=view))
 
-    assert pairs.expert_M.tolist() == [0, 4, 5]
+    assert pairs.expert_M.tolist() == [3, 4, 5]
 
 
 def test_groups_that_do_not_divide_the_experts_are_refused() -> None:
@@ -119,6 +119,15 @@ def test_capacity_follows_the_share_and_widens_in_evaluation() -> None:
 
     assert (train.fate_M == Fate.SENT).sum() == 3
     assert (evaluation.fate_M == Fate.SENT).sum() == 4
+
+
+def test_a_whole_number_of_places_is_not_rounded_up_by_float32_shares() -> None:
+    # 21 pairs * float32(1 / 7) is a little over 3.
+    probs = [[0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]] * 21
+
+    pairs = Capacity(TopK(1), 1.0, 1.0)(scores_of(probs))
+
+    assert (pairs.fate_M == Fate.SENT).sum() == 3
 
 
 def test_capacity_never_depends_on_later_tokens() -> None:

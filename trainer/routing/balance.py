@@ -88,8 +88,8 @@ class BiasBalance(Balance):
     def observe(self, plan: Plan) -> None:
         count_E = plan.chosen.expert_M.bincount(minlength=plan.num_experts)
         towards_share_E = (plan.scores.share_E * plan.num_chosen - count_E).sign()
-        # A new tensor, not in place: a forward in another thread keeps the one it read.
-        self.bias_E = self.bias_E + self.rate * torch.where(plan.scores.alive_E, towards_share_E, 0.0)
+        # A dead expert has no share and no pair, so it stays. Not in place: another thread keeps the tensor it read.
+        self.bias_E = self.bias_E + self.rate * towards_share_E
 
 
 def _uneven_use(plan: Plan, probs_TE: Tensor, seq_len: int) -> Tensor:

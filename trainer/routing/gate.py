@@ -14,7 +14,7 @@ class Gate(Protocol):
 
 def softmax(logits_TE: Tensor, alive_E: Tensor) -> Tensor:
     """Experts compete; the living sum to 1."""
-    # The lowest finite number, not -inf: a row in which nobody lives must not become 0 / 0.
+    # The lowest finite number, not -inf: a row in which nobody lives is no 0 / 0, not even in between.
     masked_TE = logits_TE.masked_fill(~alive_E, torch.finfo(logits_TE.dtype).min)
     return masked_TE.softmax(dim=-1).masked_fill(~alive_E, 0.0)
 

@@ -29,13 +29,13 @@ class Metrics:
 def measure(plan: Plan, ok_N: Tensor | None = None) -> Metrics:
     """Waits for the device. Without a chosen pair: even use of nothing, and every token unanswered."""
     num_live, chosen, sent = plan.scores.num_live, plan.num_chosen, plan.num_pairs
-    share_E = plan.scores.share_E.double()
-    load_E = plan.chosen.expert_M.bincount(minlength=plan.num_experts).double() / max(chosen, 1)
+    alive_E, share_E = plan.scores.alive_E.cpu(), plan.scores.share_E.cpu().double()
+    load_E = plan.chosen.expert_M.bincount(minlength=plan.num_experts).cpu().double() / max(chosen, 1)
     entropy = float(torch.special.entr(load_E).sum())
     answered_N = plan.token_N if ok_N is None else plan.token_N[ok_N]
     return Metrics(
         load_entropy=entropy / math.log(num_live) if num_live > 1 and chosen else 1.0,
-        max_violation=float((load_E / share_E)[plan.scores.alive_E].max()) - 1.0 if chosen else 0.0,
+        max_violation=float((load_E / share_E)[alive_E].max()) - 1.0 if chosen else 0.0,
         drop_share=(chosen - sent) / max(chosen, 1),
         lost_share=(sent - len(answered_N)) / max(sent, 1),
         unanswered_share=(1.0 - len(answered_N.unique()) / plan.num_tokens) if plan.num_tokens else 0.0,
