@@ -165,7 +165,7 @@ class ExpertBank:
 
         ValueError when an expert is named twice or the counts do not add up to the rows.
         """
-        if len(set(uids)) != len(uids) or sum(counts) != x_ND.shape[0] or min(counts, default=0) < 0:
+        if not len(set(uids)) == len(uids) == len(counts) or sum(counts) != x_ND.shape[0] or min(counts, default=0) < 0:
             raise ValueError(
                 f"experts {list(map(str, uids))} with counts {list(counts)} do not fit {x_ND.shape[0]} rows"
             )

@@ -43,10 +43,10 @@ def run_grouped(kind: ExpertKind, x_ND: Tensor, stacked: Mapping[str, Tensor], c
     def linear(x_NI: Tensor, weight_EOI: Tensor) -> Tensor:
         out_NO = F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
         if out_NO.requires_grad:
-            out_NO.register_hook(torch.Tensor.contiguous)  # its backward fails on an expanded gradient
+            out_NO.register_hook(_packed)  # its backward fails on an expanded gradient
         return out_NO
 
-    return kind.formula(linear, x_ND.contiguous(), *stacked.values())
+    return kind.formula(linear, _packed(x_ND), *stacked.values())
 
 
 def run_one_by_one(
@@ -62,3 +62,8 @@ def run_one_by_one(
         for rows_ND, weights in zip(x_ND.split(list(counts)), experts, strict=True)
     ]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _packed(x_ND: Tensor) -> Tensor:
+    # `contiguous` leaves a tensor without elements whatever strides it has, and grouped_mm looks at these.
+    return x_ND.contiguous() if x_ND.numel() else x_ND.clone(memory_format=torch.contiguous_format)

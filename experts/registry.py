@@ -141,7 +141,9 @@ def _template(kind: ExpertKind, dim: int, hidden: int) -> nn.Module:
 
 @lru_cache(maxsize=64)
 def _saved_bytes_per_row(kind: ExpertKind, dim: int, hidden: int) -> int:
-    template = _template(kind, dim, hidden)
+    # On the CPU: for this the meta device loads torch's compiler, which takes seconds.
+    shapes = kind.parameter_shapes(dim, hidden)
+    weights = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
 
     def saved_bytes(num_rows: int) -> int:
         saved: list[int] = []
@@ -149,7 +151,7 @@ def _saved_bytes_per_row(kind: ExpertKind, dim: int, hidden: int) -> int:
             saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes), lambda packed: packed),
             torch.enable_grad(),
         ):
-            template(torch.empty(num_rows, dim, device="meta", requires_grad=True))
+            kind.apply(torch.zeros(num_rows, dim, requires_grad=True), weights, dim=dim, hidden=hidden)
         return sum(saved)
 
-    return (saved_bytes(128) - saved_bytes(64)) // 64  # the difference, since weights are saved as well
+    return saved_bytes(3) - saved_bytes(2)  # the difference, since weights are saved as well
