@@ -16,8 +16,6 @@ from torch.nn.utils import skip_init
 
 from peer.manifest import ModelSettings
 
-INIT_STD = 0.02  # initializer_range of the Qwen2 family
-
 MakeMoe = Callable[[int], nn.Module]
 """From an index among the mixture layers to a module (B, S, D) -> (B, S, D)."""
 
@@ -37,7 +35,7 @@ class TransformerLM(nn.Module):
     def __init__(self, settings: ModelSettings, *, moe_layers: int, make_moe: MakeMoe, seed: int) -> None:
         super().__init__()
         self.settings = settings
-        init = _Init(seed, residual_branches=2 * settings.layers)
+        init = _Init(settings, seed)
         self.model = _Decoder(settings, moe_layers=moe_layers, make_moe=make_moe, init=init)
         self.lm_head = init.linear(settings.dim, settings.vocab)
 
@@ -62,15 +60,19 @@ class TransformerLM(nn.Module):
 
 
 class _Init:
-    """Fresh layers from one generator; those that write to the residual stream are scaled down as in GPT-2."""
+    """Fresh layers from one generator, with the spread D^-1/2; those that write to the residual stream as in GPT-2.
 
-    def __init__(self, seed: int, *, residual_branches: int) -> None:
+    Qwen2's fixed 0.02 is D^-1/2 at its D of 2048; at D = 128 it cost 0.25 bits per byte after 200 steps.
+    """
+
+    def __init__(self, settings: ModelSettings, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed % (1 << 63))
-        self._residual_std = INIT_STD / residual_branches**0.5
+        self._std = settings.dim**-0.5
+        self._residual_std = self._std / (2 * settings.layers) ** 0.5
 
     def linear(self, d_in: int, d_out: int, *, bias: bool = False, to_residual: bool = False) -> nn.Linear:
         linear = cast("nn.Linear", skip_init(nn.Linear, d_in, d_out, bias=bias))
-        std = self._residual_std if to_residual else INIT_STD
+        std = self._residual_std if to_residual else self._std
         nn.init.normal_(linear.weight, std=std, generator=self._generator)
         if bias:
             nn.init.zeros_(linear.bias)
@@ -78,7 +80,7 @@ class _Init:
 
     def embedding(self, vocab: int, dim: int) -> nn.Embedding:
         embedding = cast("nn.Embedding", skip_init(nn.Embedding, vocab, dim))
-        nn.init.normal_(embedding.weight, std=INIT_STD, generator=self._generator)
+        nn.init.normal_(embedding.weight, std=self._std, generator=self._generator)
         return embedding
 
 
