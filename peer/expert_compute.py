@@ -7,16 +7,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from experts.bank import ExpertBank, Pass
 from experts.uid import ExpertUid
 from peer.applied import AppliedBackwards
 from peer.errors import MalformedMessage
 from peer.kept_inputs import CallKey, KeptInputs
-from peer.messages import BackwardCall, ExpertOutcome, ForwardCall, GroupReply, Mode, Outcome
+from peer.messages import Call, ExpertOutcome, GroupReply, Outcome
 from peer.pair_rows import PairRows, pairs_of
-from peer.tensors import Role, WireTensor, decode_finite, decode_row_index, encode
-from peer.transport import CallRefused, PeerId, Refusal
+from peer.tensors import Role, WireTensor, all_finite, decode, decode_row_index, encode
+from peer.transport import CallRefused, Method, PeerId, Refusal
 
 REPLY_LIFETIME_S = 30.0
 """At least this long a repeated backward gets the same answer."""
@@ -26,8 +27,9 @@ REPLY_LIFETIME_S = 30.0
 class Request:
     """One call, and who sent it."""
 
+    method: Method
     caller: PeerId
-    call: ForwardCall | BackwardCall
+    call: Call
 
     @property
     def key(self) -> CallKey:
@@ -68,41 +70,40 @@ class ExpertCompute:
     def answer(self, request: Request, *, now_s: float) -> GroupReply:
         """Run one call. Raises CallRefused when its tensors are not what a correct caller sends."""
         try:
-            if isinstance(request.call, ForwardCall):
+            if request.method is Method.FORWARD:
                 return self._forward(request.key, request.call, now_s)
             return self._backward(request.key, request.call, now_s)
         except MalformedMessage as error:
             raise CallRefused(Refusal.INVALID, str(error)) from None
 
-    def _forward(self, key: CallKey, call: ForwardCall, now_s: float) -> GroupReply:
+    def _forward(self, key: CallKey, call: Call, now_s: float) -> GroupReply:
         outcomes = {uid: Outcome.OK if self._hosts(uid) else Outcome.UNKNOWN_EXPERT for uid in _uids(call)}
-        rows = self._rows(call, call.rows, call.row_index).only({uid for uid in outcomes if self._hosts(uid)})
+        rows = self._rows(call).only({uid for uid in outcomes if self._hosts(uid)})
         if not rows.uids:
             return self._reply(call, outcomes, None)
-        is_training = call.mode is Mode.TRAIN
-        run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=is_training)
-        if not torch.isfinite(run.out_ND).all():
+        run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=call.is_training)
+        if not all_finite(run.out_ND):
             return self._reply(call, outcomes | dict.fromkeys(rows.uids, Outcome.NON_FINITE), None)
-        if is_training:
+        if call.is_training:
             size_bytes = rows.x_ND.nbytes + run.graph_bytes
             self._kept.keep(key, _KeptCall(rows, run), size_bytes=size_bytes, now_s=now_s)
             self.rows_served.update(dict(zip(rows.uids, rows.counts, strict=True)))
-        return self._reply(call, outcomes, encode(run.out_ND, role=Role.OUTPUTS, codec=call.reply_codec))
+        return self._reply(call, outcomes, encode(run.out_ND, Role.OUTPUTS, call.reply_codec))
 
-    def _backward(self, key: CallKey, call: BackwardCall, now_s: float) -> GroupReply:
+    def _backward(self, key: CallKey, call: Call, now_s: float) -> GroupReply:
         if self._applied.was_applied(key):
             again = self._applied.reply(key, now_s=now_s)
             return again or self._reply(call, dict.fromkeys(_uids(call), Outcome.ALREADY_APPLIED), None)
         kept = self._kept.take(key, now_s=now_s)
-        if kept is None and call.rows is None:
+        if kept is None and Role.ROWS not in call.tensors:
             return self._reply(call, dict.fromkeys(_uids(call), Outcome.MISSING_INPUTS), None)
         reply = self._apply(call, kept)
-        size_bytes = reply.tensor.spec.size_bytes if reply.tensor is not None else 0
+        size_bytes = reply.tensor.size_bytes if reply.tensor is not None else 0
         self._applied.record(key, reply, size_bytes=size_bytes, now_s=now_s)
         return reply
 
-    def _apply(self, call: BackwardCall, kept: _KeptCall | None) -> GroupReply:
-        grad_ND = decode_finite(call.gradients).to(self._device)
+    def _apply(self, call: Call, kept: _KeptCall | None) -> GroupReply:
+        grad_ND = self._decode_finite(call.tensors[Role.GRADIENTS])
         rows = self._rows_of_backward(call, kept)
         outcomes = {
             uid: self._admit(uid, expert.version) for uid, expert in zip(_uids(call), call.experts, strict=True)
@@ -113,29 +114,36 @@ class ExpertCompute:
         if len(admitted) < len(outcomes):
             grad_ND = grad_ND[pairs_of(_uids(call), [expert.num_rows for expert in call.experts], admitted)]
         rows = rows.only(admitted)
-        run = kept.run if kept is not None and kept.rows is rows else None
-        if run is None or not self.bank.is_current(run):
-            self.recomputed += 1
+        if kept is not None and kept.rows is rows:
+            run = kept.run
+            self.recomputed += not self.bank.is_current(run)
+        else:
             run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=True)
+            self.recomputed += 1
         grad_x_UD = rows.sum_by_row(self.bank.backward(run, grad_ND, loss_tokens=call.loss_tokens))
         outcomes |= dict.fromkeys(self.bank.step(admitted).non_finite, Outcome.NON_FINITE)
-        return self._reply(call, outcomes, encode(grad_x_UD, role=Role.ROW_GRADIENTS, codec=call.reply_codec))
+        return self._reply(call, outcomes, encode(grad_x_UD, Role.ROW_GRADIENTS, call.reply_codec))
 
-    def _rows_of_backward(self, call: BackwardCall, kept: _KeptCall | None) -> PairRows:
+    def _rows_of_backward(self, call: Call, kept: _KeptCall | None) -> PairRows:
         if kept is None:
-            assert call.rows is not None, "checked before"
-            return self._rows(call, call.rows, call.row_index)
+            return self._rows(call)
         _check_same_pairs(call, kept.rows)
         return kept.rows
 
-    def _rows(self, call: ForwardCall | BackwardCall, sent: WireTensor, row_index: WireTensor | None) -> PairRows:
+    def _rows(self, call: Call) -> PairRows:
         """Decode a call's rows and spread them to its pairs. One copy where rows are shared, none otherwise."""
-        x_UD = decode_finite(sent).to(self._device)
+        x_UD = self._decode_finite(call.tensors[Role.ROWS])
         counts = tuple(expert.num_rows for expert in call.experts)
-        if row_index is None:
-            return PairRows(_uids(call), counts, sent.num_rows, x_UD, None)
-        row_index_N = decode_row_index(row_index, num_rows=sent.num_rows).to(self._device)
-        return PairRows(_uids(call), counts, sent.num_rows, x_UD[row_index_N], row_index_N)
+        if Role.ROW_INDEX not in call.tensors:
+            return PairRows(_uids(call), counts, x_UD.shape[0], x_UD, None)
+        row_index_N = decode_row_index(call.tensors[Role.ROW_INDEX], num_rows=x_UD.shape[0]).to(self._device)
+        return PairRows(_uids(call), counts, x_UD.shape[0], x_UD[row_index_N], row_index_N)
+
+    def _decode_finite(self, sent: WireTensor) -> Tensor:
+        tensor = decode(sent)
+        if not all_finite(tensor):
+            raise MalformedMessage(f"{sent.spec.role.name} holds NaN or infinity")
+        return tensor.to(self._device)
 
     def _admit(self, uid: ExpertUid, version_seen: int) -> Outcome:
         if not self._hosts(uid):
@@ -145,20 +153,18 @@ class ExpertCompute:
     def _hosts(self, uid: ExpertUid) -> bool:
         return uid in self.bank.uids
 
-    def _reply(
-        self, call: ForwardCall | BackwardCall, outcomes: dict[ExpertUid, Outcome], tensor: WireTensor | None
-    ) -> GroupReply:
+    def _reply(self, call: Call, outcomes: dict[ExpertUid, Outcome], tensor: WireTensor | None) -> GroupReply:
         if Outcome.OK not in outcomes.values():
-            tensor = None
+            tensor = None  # every expert of the call threw its gradient away
         versions = {uid: self.bank.version(uid) if self._hosts(uid) else 0 for uid in outcomes}
         return GroupReply(tuple(ExpertOutcome(uid.index, outcomes[uid], versions[uid]) for uid in _uids(call)), tensor)
 
 
-def _uids(call: ForwardCall | BackwardCall) -> tuple[ExpertUid, ...]:
+def _uids(call: Call) -> tuple[ExpertUid, ...]:
     return tuple(ExpertUid(call.layer, expert.index) for expert in call.experts)
 
 
-def _check_same_pairs(call: BackwardCall, rows: PairRows) -> None:
+def _check_same_pairs(call: Call, rows: PairRows) -> None:
     """A backward names experts of its forward, in its order, with as many pairs each."""
     named = [(uid, expert.num_rows) for uid, expert in zip(_uids(call), call.experts, strict=True)]
     if named != [pair for pair in zip(rows.uids, rows.counts, strict=True) if pair in named]:

@@ -18,8 +18,8 @@ from peer.compute_thread import ComputeThread
 from peer.device import free_memory_bytes
 from peer.expert_compute import ExpertCompute, Memory, Request
 from peer.manifest import RunManifest
-from peer.messages import BackwardCall, ForwardCall, GroupReply
-from peer.transport import CallRefused, PeerId
+from peer.messages import Call, GroupReply
+from peer.transport import CallRefused, Method, PeerId
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +47,10 @@ class _Control:
 class ExpertHost:
     """Hosts a run's experts on one device. `start` before use; `close` blocks for the batch in hand."""
 
-    def __init__(self, manifest: RunManifest, *, device: torch.device, snapshots: SnapshotFolder | None) -> None:
+    def __init__(
+        self, manifest: RunManifest, *, device: torch.device, snapshots: SnapshotFolder | None, max_experts: int
+    ) -> None:
+        self.max_experts = max_experts
         self._manifest = manifest
         self._snapshots = snapshots
         free_bytes = free_memory_bytes(device)
@@ -92,9 +95,9 @@ class ExpertHost:
         self._busy_since_s, self._tokens_done = now_s, 0
         return rows_per_s
 
-    async def answer(self, caller: PeerId, call: ForwardCall | BackwardCall) -> GroupReply:
+    async def answer(self, method: Method, caller: PeerId, call: Call) -> GroupReply:
         """Run one call. Raises CallRefused; a cancelled caller does not stop work that has begun."""
-        reply = await self._thread.submit(Request(caller, call), num_tokens=call.num_pairs)
+        reply = await self._thread.submit(Request(method, caller, call), num_tokens=call.num_pairs)
         assert isinstance(reply, GroupReply)
         return reply
 
@@ -127,7 +130,7 @@ class ExpertHost:
 
         await self._control(copy_states)
         if states:
-            await asyncio.to_thread(self._snapshots.save, states, run_id=self._manifest.run_id)
+            await asyncio.to_thread(self._snapshots.save, states, self._manifest.run_id)
         return len(states)
 
     async def _control(self, action: Callable[[], object]) -> None:

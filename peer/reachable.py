@@ -4,6 +4,7 @@ import ipaddress
 import socket
 
 from peer.addresses import join_address, split_address
+from peer.addresses import split_address
 from peer.errors import CouldNotListen
 
 _SOMEWHERE = ("192.0.2.1", 9)
@@ -39,3 +40,12 @@ def listen_ip(listen_host: str) -> str:
         return socket.gethostbyname(listen_host)
     except OSError as error:
         raise CouldNotListen(f"cannot listen on {listen_host}: {error.strerror}; give an IP address") from error
+
+
+def is_loopback(address: str) -> bool:
+    """Is this HOST:PORT on this machine for sure? Asks no resolver: any name but localhost may be elsewhere."""
+    host, _ = split_address(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,18 +1,18 @@
 """The expert service: frames in, frames out. Validates at the edge and passes calls to the host. Knows no torch."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 
+from peer.call_stream import read_call
 from peer.compute_thread import ComputeThreadStopped
 from peer.expert_host import ExpertHost
-from peer.messages import BackwardCall, CallLimits, ForwardCall, read_backward, read_forward, write_reply
-from peer.transport import CallContext, CallRefused, Refusal
+from peer.messages import CallLimits
+from peer.reply_stream import write_reply
+from peer.transport import CallContext, CallRefused, Method, Refusal
 from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
 
 MAX_QUEUED_ROWS = 1 << 20
 """More than this waiting and a peer says "not now" instead of growing its queue."""
-
-_Read = Callable[[AsyncIterator[CallFrame], CallLimits], Awaitable[ForwardCall | BackwardCall]]
 
 
 class ExpertService:
@@ -31,10 +31,10 @@ class ExpertService:
         return self._introduce(request)
 
     def forward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
-        return self._answer(read_forward, frames, context)
+        return self._answer(Method.FORWARD, frames, context)
 
     def backward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
-        return self._answer(read_backward, frames, context)
+        return self._answer(Method.BACKWARD, frames, context)
 
     async def leave(self, *, timeout_s: float) -> bool:
         """Refuse new calls and wait for the running ones; False when some were still running at the end."""
@@ -47,7 +47,7 @@ class ExpertService:
         return True
 
     async def _answer(
-        self, read: _Read, frames: AsyncIterator[CallFrame], context: CallContext
+        self, method: Method, frames: AsyncIterator[CallFrame], context: CallContext
     ) -> AsyncIterator[ReplyFrame]:
         if self._leaving:
             raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another")
@@ -56,8 +56,8 @@ class ExpertService:
         self._running += 1
         self._idle.clear()
         try:
-            async with asyncio.timeout_at(context.deadline_s):
-                reply = await self._host.answer(context.caller, await read(frames, self._limits))
+            call = await read_call(frames, self._limits, method)
+            reply = await self._host.answer(method, context.caller, call)
             for frame in write_reply([reply]):
                 yield frame
         except ComputeThreadStopped:

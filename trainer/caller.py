@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from peer.call_stream import write_call
 from peer.errors import (
     DeadlineExceeded,
     MalformedMessage,
@@ -19,7 +20,8 @@ from peer.errors import (
     RemoteError,
     RequestRejected,
 )
-from peer.messages import BackwardCall, ForwardCall, GroupReply, Outcome, ReplyLimits, read_reply, write_call
+from peer.messages import Call, GroupReply, Outcome, ReplyLimits
+from peer.reply_stream import read_reply
 from peer.transport import Endpoint, Method, Transport
 from protos.swarm_pb2 import CallFrame, ReplyFrame
 from trainer.ledger import LossReason
@@ -81,12 +83,11 @@ class CallResult:
 
 
 async def send_call(
-    transport: Transport, endpoint: Endpoint, call: ForwardCall | BackwardCall, limits: ReplyLimits, *, timeout_s: float
+    transport: Transport, endpoint: Endpoint, method: Method, call: Call, limits: ReplyLimits, *, timeout_s: float
 ) -> CallResult:
     """Send one call and gather its reply until it ends, fails or `timeout_s` is over. Never raises a RemoteError."""
     if timeout_s <= 0:
         return CallResult((), LossReason.TIMEOUT, 0, 0)
-    method = Method.FORWARD if isinstance(call, ForwardCall) else Method.BACKWARD
     sizes = _Sizes()
     groups: list[GroupReply] = []
     frames = transport.call(endpoint, method, sizes.count_up(write_call(call)), timeout_s=timeout_s)

@@ -73,7 +73,7 @@ class MoELayer(nn.Module):
         plan = self.router(x_TD, view, seq_len=x.shape[-2] if x.dim() > 2 else x_TD.shape[0])
         out_ND, ok_N = self._experts.run(x_TD, plan, self.layer, micro_batch)
         y_TD = plan.combine(out_ND, ok_N)
-        self._last.forward = _Forward(self.router.loss(plan), _measure(plan, ok_N))
+        self._last.forward = _Forward(self.router.loss(plan), _measure(plan, view.num_live, ok_N))
         if self.training and micro_batch.scope.train:
             micro_batch.observe(lambda: self.router.observe(plan, ok_N))
         return y_TD.reshape(x.shape)
@@ -93,11 +93,11 @@ class MoELayer(nn.Module):
         return forward
 
 
-def _measure(plan: Plan, ok_N: Tensor) -> LayerMetrics:
+def _measure(plan: Plan, experts_alive: int, ok_N: Tensor) -> LayerMetrics:
     answered_T = torch.zeros(plan.num_tokens, dtype=torch.bool).index_fill_(0, plan.token_N[ok_N], True)
     return LayerMetrics(
         pairs_sent=plan.num_pairs,
         pairs_answered=int(ok_N.sum()),
-        experts_alive=plan.scores.view.num_live,
+        experts_alive=experts_alive,
         tokens_without_answer=plan.num_tokens - int(answered_T.sum()),
     )

@@ -18,21 +18,19 @@ from torch import Tensor
 from experts.uid import ExpertUid, RunId
 from peer.codecs import Codec
 from peer.directory import Directory
-from peer.errors import MalformedMessage
 from peer.event_loop import EventLoopThread
 from peer.manifest import WireSettings
 from peer.messages import (
     CALL_ID_BYTES,
-    BackwardCall,
+    Call,
     ExpertRows,
-    ForwardCall,
     GroupReply,
     Mode,
     Outcome,
     ReplyLimits,
 )
-from peer.tensors import Role, WireTensor, decode_finite, encode
-from peer.transport import Endpoint, Transport
+from peer.tensors import Role, WireTensor, all_finite, decode, encode
+from peer.transport import Endpoint, Method, Transport
 from trainer.caller import KEEPS_THE_PEER, CallResult, send_call
 from trainer.ledger import BackwardOutcome, LossReason
 from trainer.packing import PeerGroup, group_by_destination
@@ -57,7 +55,7 @@ class _Answered:
 
     group: PeerGroup[Endpoint]
     """Only the pairs that came back."""
-    call: ForwardCall
+    call: Call
     """Its rows are kept to be sent once more, should the peer have forgotten them."""
     versions: dict[int, int]
 
@@ -67,7 +65,7 @@ class _Outgoing:
     """A call, where it goes and what may come back."""
 
     endpoint: Endpoint
-    call: ForwardCall | BackwardCall
+    call: Call
     limits: ReplyLimits
 
 
@@ -106,12 +104,12 @@ class RemoteExperts:
                 chosen[slot] = endpoint
         return chosen
 
-    def send(self, calls: Sequence[_Outgoing], scope: StepScope) -> list[CallResult]:
+    def send(self, method: Method, calls: Sequence[_Outgoing], scope: StepScope) -> list[CallResult]:
         """Send calls side by side and wait for all of them. Blocks the training thread, not the loop."""
         if not calls:
             return []
         timeout_s = max(0.0, min(self.call_timeout_s, scope.deadline_s - time.monotonic()))
-        results = self._loop.run(self._send_all(calls, timeout_s), timeout_s=timeout_s + _BRIDGE_SLACK_S)
+        results = self._loop.run(self._send_all(method, calls, timeout_s), timeout_s=timeout_s + _BRIDGE_SLACK_S)
         for outgoing, result in zip(calls, results, strict=True):
             if result.failure is not None and result.failure not in KEEPS_THE_PEER:
                 scope.suspect(outgoing.endpoint.peer_id)
@@ -119,13 +117,14 @@ class RemoteExperts:
                 scope.ledger.moved(bytes_up=result.bytes_up, bytes_down=result.bytes_down)
         return results
 
-    async def _send_all(self, calls: Sequence[_Outgoing], timeout_s: float) -> list[CallResult]:
+    async def _send_all(self, method: Method, calls: Sequence[_Outgoing], timeout_s: float) -> list[CallResult]:
         async with asyncio.TaskGroup() as tasks:
             running = [
                 tasks.create_task(
                     send_call(
                         self._transport,
                         outgoing.endpoint,
+                        method,
                         replace(outgoing.call, timeout_s=timeout_s),
                         outgoing.limits,
                         timeout_s=timeout_s,
@@ -155,10 +154,10 @@ class _Exchange:
         groups = group_by_destination(self._plan, self._experts.assign(self._plan, self._layer, self._scope))
         calls = [self._pack_forward(group, x_TD) for group in groups]
         outgoing = [
-            _Outgoing(group.destination, call, ReplyLimits.of_forward(call))
+            _Outgoing(group.destination, call, ReplyLimits.of(call, Method.FORWARD, num_rows=group.rows_U.numel()))
             for group, call in zip(groups, calls, strict=True)
         ]
-        results = self._experts.send(outgoing, self._scope)
+        results = self._experts.send(Method.FORWARD, outgoing, self._scope)
         for group, call, result in zip(groups, calls, results, strict=True):
             self._unpack_forward(group, call, result, out_ND)
         if self._mode is Mode.TRAIN:
@@ -167,8 +166,8 @@ class _Exchange:
             self._scope.answered(self._layer, sent=self._plan.num_pairs, answered=int(self.ok_N.sum()))
         return out_ND
 
-    def _pack_forward(self, group: PeerGroup[Endpoint], x_TD: Tensor) -> ForwardCall:
-        return ForwardCall(
+    def _pack_forward(self, group: PeerGroup[Endpoint], x_TD: Tensor) -> Call:
+        return Call(
             call_id=secrets.token_bytes(CALL_ID_BYTES),
             run_id=self._experts.run_id,
             mode=self._mode,
@@ -176,13 +175,10 @@ class _Exchange:
             experts=tuple(ExpertRows(expert.slot, expert.num_rows) for expert in group.experts),
             reply_codec=self._experts.forward_codec,
             timeout_s=self._experts.call_timeout_s,
-            rows=encode(x_TD[group.rows_U], role=Role.ROWS, codec=self._experts.forward_codec),
-            row_index=_row_index(group),
+            tensors=_rows(x_TD[group.rows_U], group, self._experts.forward_codec),
         )
 
-    def _unpack_forward(
-        self, group: PeerGroup[Endpoint], call: ForwardCall, result: CallResult, out_ND: Tensor
-    ) -> None:
+    def _unpack_forward(self, group: PeerGroup[Endpoint], call: Call, result: CallResult, out_ND: Tensor) -> None:
         versions: dict[int, int] = {}
         refused: dict[int, LossReason] = {}
         for reply in result.groups:
@@ -202,9 +198,8 @@ class _Exchange:
         """Write a reply's rows into their pairs. False, and nothing written, when they are not finite."""
         if reply.tensor is None:
             return True
-        try:
-            rows_ND = decode_finite(reply.tensor)
-        except MalformedMessage:
+        rows_ND = decode(reply.tensor)
+        if not all_finite(rows_ND):
             return False
         slices = {expert.slot: slice(expert.start, expert.stop) for expert in group.experts}
         pairs_N = torch.cat([group.pairs_N[slices[index]] for index in ok])
@@ -242,25 +237,26 @@ class _Exchange:
         self._answered.clear()
         return grad_x_TD
 
-    def _pack_backward(self, answered: _Answered, grad_out_ND: Tensor) -> BackwardCall:
+    def _pack_backward(self, answered: _Answered, grad_out_ND: Tensor) -> Call:
         group = answered.group
-        return BackwardCall(
+        return Call(
             call_id=answered.call.call_id,
             run_id=self._experts.run_id,
+            mode=Mode.TRAIN,
             layer=self._layer,
             experts=tuple(ExpertRows(e.slot, e.num_rows, answered.versions[e.slot]) for e in group.experts),
             reply_codec=self._experts.backward_codec,
             timeout_s=self._experts.call_timeout_s,
             loss_tokens=self._loss_tokens,
-            gradients=encode(grad_out_ND[group.pairs_N], role=Role.GRADIENTS, codec=self._experts.backward_codec),
+            tensors={Role.GRADIENTS: encode(grad_out_ND[group.pairs_N], Role.GRADIENTS, self._experts.backward_codec)},
         )
 
-    def _send_backward(self, answered: Sequence[_Answered], calls: Sequence[BackwardCall]) -> list[CallResult]:
+    def _send_backward(self, answered: Sequence[_Answered], calls: Sequence[Call]) -> list[CallResult]:
         outgoing = [
-            _Outgoing(a.group.destination, call, ReplyLimits.of_backward(call, num_rows=a.group.rows_U.numel()))
+            _Outgoing(a.group.destination, call, ReplyLimits.of(call, Method.BACKWARD, num_rows=a.group.rows_U.numel()))
             for a, call in zip(answered, calls, strict=True)
         ]
-        return self._experts.send(outgoing, self._scope)
+        return self._experts.send(Method.BACKWARD, outgoing, self._scope)
 
     def _unpack_backward(self, answered: _Answered, result: CallResult, grad_x_TD: Tensor) -> BackwardOutcome:
         """Add a backward's input gradients. They are lost when the peer failed or sent something not finite."""
@@ -269,12 +265,10 @@ class _Exchange:
         tensors = [group.tensor for group in result.groups if group.tensor is not None]
         if result.failure is not None or not tensors:
             return BackwardOutcome.LOST
-        try:
-            rows_UD = sum(decode_finite(tensor) for tensor in tensors)
-        except MalformedMessage:
+        rows_UD = torch.stack([decode(tensor) for tensor in tensors]).sum(0)
+        if not all_finite(rows_UD):
             self._scope.suspect(answered.group.destination.peer_id)
             return BackwardOutcome.LOST
-        assert isinstance(rows_UD, Tensor)
         grad_x_TD.index_add_(0, answered.group.rows_U, rows_UD.to(grad_x_TD.dtype))
         return BackwardOutcome.APPLIED
 
@@ -292,12 +286,17 @@ class _RemoteCall(torch.autograd.Function):
         return ctx.exchange.backward(grad_outputs[0]), None
 
 
-def _with_rows(answered: _Answered, call: BackwardCall) -> BackwardCall:
+def _with_rows(answered: _Answered, call: Call) -> Call:
     """The same backward with its inputs: what a peer that has forgotten them needs."""
-    return replace(call, rows=answered.call.rows, row_index=_row_index(answered.group))
+    rows: dict[Role, WireTensor] = {Role.ROWS: answered.call.tensors[Role.ROWS], **_row_index(answered.group)}
+    return replace(call, tensors=rows | dict(call.tensors))
 
 
-def _row_index(group: PeerGroup[Endpoint]) -> WireTensor | None:
+def _rows(x_UD: Tensor, group: PeerGroup[Endpoint], codec: Codec) -> dict[Role, WireTensor]:
+    return {Role.ROWS: encode(x_UD, Role.ROWS, codec), **_row_index(group)}
+
+
+def _row_index(group: PeerGroup[Endpoint]) -> dict[Role, WireTensor]:
     if group.row_index_N is None:
-        return None
-    return encode(group.row_index_N, role=Role.ROW_INDEX, codec=Codec.RAW)
+        return {}
+    return {Role.ROW_INDEX: encode(group.row_index_N, Role.ROW_INDEX, Codec.RAW)}

@@ -7,8 +7,9 @@ makes it the calling thread's current one, where `RemoteMoE` finds it.
 import contextlib
 import contextvars
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from peer.transport import PeerId
@@ -40,7 +41,7 @@ class StepScope:
         self._lock = threading.Lock()
         self._suspects: set[PeerId] = set()
         self._answers: defaultdict[int, LayerAnswers] = defaultdict(LayerAnswers)
-        self._observations: dict[int, list[Callable[[], None]]] = {}
+        self._observations: dict[int, list[Callable[[], object]]] = {}
 
     def suspect(self, peer_id: PeerId) -> None:
         """After its first failure a peer gets no more calls in this step."""
@@ -61,7 +62,7 @@ class StepScope:
         with self._lock:
             return min(self._answers.items(), key=lambda item: item[1].share, default=None)
 
-    def observe_later(self, micro_batch: int, observation: Callable[[], None]) -> None:
+    def observe_later(self, micro_batch: int, observation: Callable[[], object]) -> None:
         """Keep a router's state change until the step is over; they then happen in micro-batch order."""
         with self._lock:
             self._observations.setdefault(micro_batch, []).append(observation)
@@ -86,7 +87,7 @@ class MicroBatch:
     defer_observations: bool = True
     """Routers learn when the step is over, in micro-batch order; else at once."""
 
-    def observe(self, observation: Callable[[], None]) -> None:
+    def observe(self, observation: Callable[[], object]) -> None:
         """Let a router learn from what it saw: now, or when the step is over."""
         if self.defer_observations:
             self.scope.observe_later(self.index, observation)
@@ -94,13 +95,18 @@ class MicroBatch:
             observation()
 
     @contextlib.contextmanager
-    def activate(self) -> Iterator[None]:
+    def activate(self) -> Generator[None]:
         """Make this the calling thread's micro-batch."""
         token = _CURRENT.set(self)
         try:
             yield
         finally:
             _CURRENT.reset(token)
+
+
+def evaluating(timeout_s: float) -> contextlib.AbstractContextManager[None]:
+    """Forwards of this thread ask experts without teaching them and are in no counter, for at most `timeout_s`."""
+    return MicroBatch(StepScope(deadline_s=time.monotonic() + timeout_s, ledger=Ledger(), train=False)).activate()
 
 
 def current_micro_batch() -> MicroBatch | None:

@@ -17,6 +17,8 @@ class TrainSettings(LocalModel):
     """Training steps in all, those before a resume included; none: as the run suggests."""
     data: Annotated[Path | None, Field(title="PATH")] = None
     """A text file, or a folder of them; none: the Austen that ships."""
+    data_shard: Annotated[int | None, Field(ge=0, lt=1 << 32, title="N")] = None
+    """Which trainer this is to the data order; none: told from its identity, so that no two draw the same windows."""
     device: Device = "auto"
     """What the trunk runs on; auto takes cuda, then mps, then cpu."""
     checkpoint_dir: Folder = STATE_HOME / "trainer"

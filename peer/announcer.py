@@ -1,0 +1,161 @@
+"""Keeps a peer's place in the swarm: claims experts, settles double claims, and says so in its record.
+
+Runs on the event loop. What to claim and what to drop are `claims`' and `vacancies`' rules; this is the shell.
+"""
+
+import asyncio
+import base64
+import random
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from experts.bank import ExpertState
+from experts.uid import ExpertUid
+from peer.claims import Claim, choose, settle
+from peer.directory import Directory
+from peer.expert_host import ExpertHost
+from peer.records import RECORD_LIFETIME_S, RENEW_EVERY_S, HostedExpert, PeerRecord, PeerState, RecordStore
+from peer.snapshot import DirectorySnapshot
+from peer.transport import Endpoint
+from peer.vacancies import Vacancies
+
+log = structlog.get_logger(__name__)
+
+_LOOK_EVERY_S = 1.5
+_TOMBSTONE_LIFETIME_S = RECORD_LIFETIME_S + RENEW_EVERY_S
+"""Longer than what it replaces: the DHT keeps the record that expires last."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who this peer is to others, and what it may take."""
+
+    endpoint: Endpoint
+    device: str
+    software_version: str
+    uids: tuple[ExpertUid, ...]
+    """Those it may host: the ones asked for, or all of the run."""
+    is_pinned: bool
+    """They were asked for by name, so that others' claims do not keep us from claiming."""
+    max_experts: int
+
+
+class Announcer:
+    """One per peer."""
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        host: ExpertHost,
+        store: RecordStore,
+        directory: Directory,
+        saved: Mapping[ExpertUid, ExpertState],
+        rng: random.Random,
+    ) -> None:
+        self._place = place
+        self._host = host
+        self._store = store
+        self._directory = directory
+        self._saved = dict(saved)
+        self._rng = rng
+        self._claims: dict[ExpertUid, Claim] = {}
+        self._vacancies = Vacancies(place.uids, saved)
+        self.state: PeerState = "joining"
+
+    @property
+    def claimed(self) -> tuple[ExpertUid, ...]:
+        return tuple(self._claims)
+
+    async def take_place(self) -> None:
+        """Claim, host, look again, and go online with what is ours. Returns when the record that says so is out."""
+        before = self._directory.snapshot()
+        if self._place.is_pinned:
+            await self._claim(choose(before, self._place.uids, self._place.max_experts, self._place.uids, self._rng))
+        await self._fill(before)
+        self.state = "syncing"
+        await self.publish()
+        seen = await self._directory.wait_until(self._sees_us, timeout_s=RECORD_LIFETIME_S)
+        if seen is None:
+            log.warning("record.not_seen", hint="the DHT is slow or cut off; going on, and announcing again")
+        else:
+            await self._settle(seen)
+        self.state = "online"
+        await self.publish()
+
+    async def run(self) -> None:
+        """Look and tidy often, announce every RENEW_EVERY_S or when something changed; until cancelled."""
+        next_renewal_s = time.monotonic() + RENEW_EVERY_S
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            snapshot = self._directory.snapshot()
+            has_changed = await self._settle(snapshot) | await self._fill(snapshot)
+            if has_changed or time.monotonic() >= next_renewal_s:
+                await self.publish()
+                next_renewal_s = time.monotonic() + RENEW_EVERY_S
+
+    async def withdraw(self) -> None:
+        """The tombstone: everybody forgets us at once instead of when our record expires."""
+        self.state = "offline"
+        await self._store.put(self._record(()), lifetime_s=_TOMBSTONE_LIFETIME_S, now_unix_s=time.time())
+
+    async def publish(self) -> None:
+        """Say where we are and what we serve. A refused or failed put is said by the store and tried again later."""
+        experts = tuple(
+            HostedExpert(
+                uid=str(status.uid),
+                version=status.version,
+                claimed_at_unix_s=self._claims[status.uid].claimed_at_unix_s,
+                rows_served=status.rows_served,
+            )
+            for status in self._host.statuses
+            if status.uid in self._claims
+        )
+        await self._store.put(self._record(experts), lifetime_s=RECORD_LIFETIME_S, now_unix_s=time.time())
+
+    def _record(self, experts: tuple[HostedExpert, ...]) -> PeerRecord:
+        return PeerRecord(
+            peer_id=self._place.endpoint.peer_id,
+            state=self.state,
+            address=self._place.endpoint.address,
+            certificate_der_b64=base64.b64encode(self._place.endpoint.certificate_der).decode(),
+            experts=experts,
+            device=self._place.device,
+            queued_rows=self._host.queued_rows,
+            throughput_tokens_per_s=self._host.take_throughput(),
+            software_version=self._place.software_version,
+        )
+
+    def _sees_us(self, snapshot: DirectorySnapshot) -> bool:
+        record = snapshot.peers.get(self._place.endpoint.peer_id)
+        return record is not None and {line.uid for line in record.experts} == set(map(str, self._claims))
+
+    async def _fill(self, snapshot: DirectorySnapshot) -> bool:
+        """Take vacant experts while there is room: first those whose snapshot we hold."""
+        covered = {uid for uid in self._place.uids if uid in self._claims or snapshot.claims(uid)}
+        self._vacancies.observe(covered, now_s=time.monotonic())
+        saved, others = self._vacancies.open(now_s=time.monotonic())
+        room = self._place.max_experts - len(self._claims)
+        taken = choose(snapshot, None, room, saved, self._rng)
+        taken += choose(snapshot, None, room - len(taken), others, self._rng)
+        await self._claim(taken)
+        return bool(taken)
+
+    async def _claim(self, uids: Collection[ExpertUid]) -> None:
+        if not uids:
+            return
+        claim = Claim(time.time(), self._place.endpoint.peer_id)
+        await self._host.host(tuple(uids), self._saved)
+        self._claims |= dict.fromkeys(uids, claim)
+
+    async def _settle(self, snapshot: DirectorySnapshot) -> bool:
+        """Give up what somebody claimed before us."""
+        dropped = settle(self._claims, snapshot)
+        for drop in dropped:
+            log.info("expert.dropped", uid=str(drop.uid), reason=drop.reason)
+            del self._claims[drop.uid]
+            await self._host.drop(drop.uid)
+        return bool(dropped)

@@ -1,0 +1,165 @@
+"""`swarmoe train`: a process that trains until its last step, and writes down how that went. Puts the parts together.
+
+Born in this order: the DHT process, the event loop with gRPC, the training threads. Ends in the reverse order.
+"""
+
+import asyncio
+import hashlib
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import structlog
+
+from peer.bootstrap import parse_join
+from peer.device import choose_device, limit_compute_threads
+from peer.errors import BadConfiguration, TrainingGaveUp
+from peer.event_loop import EventLoopThread
+from peer.held import Held
+from peer.identity import Identity, StateFolder
+from peer.membership import Membership, membership
+from peer.records import RECORD_LIFETIME_S, RENEW_EVERY_S, PeerState, TrainerRecord
+from peer.run_folder import keep_run
+from peer.signals import StopRequest, stop_on_signals
+from peer.supervisor import DhtSupervisor
+from peer.transport import PeerId
+from trainer.assembly import build_model, build_optimizer
+from trainer.checkpoint import load_newest
+from trainer.data import ByteDataset, default_data_path
+from trainer.loop import TrainingLoop
+from trainer.progress import open_progress
+from trainer.reports import StepReport
+from trainer.session import Surroundings, TrainingSession
+from trainer.settings import TrainSettings
+from trainer.summary import TrainerSummary
+from trainer.swarm import LEAVE_WITHIN_S, Swarm
+
+log = structlog.get_logger(__name__)
+
+WAIT_FOR_EXPERTS_S = 60.0
+METRICS_FILE = "metrics.jsonl"
+
+
+def run_trainer(settings: TrainSettings) -> int:
+    """Train until the last step or a signal; returns the exit code. Raises SwarmError for what cannot go on."""
+    limit_compute_threads()
+    with stop_on_signals() as stop, StateFolder(settings.checkpoint_dir) as folder:
+        identity = Identity.load_or_create(folder.path)
+        supervisor = DhtSupervisor.spawn()
+        with EventLoopThread() as loop:
+            voice = _Voice(identity.peer_id)
+            held = Held(loop, _announced(settings, identity, supervisor, voice), leave_timeout_s=LEAVE_WITHIN_S)
+            member = held.open(stop)
+            if member is None:
+                return 0
+            with closing(held):
+                swarm = Swarm(loop, held, member)
+                print(f"joined: {swarm.manifest.run_id}", flush=True)
+                summary = _train(settings, swarm, voice, stop)
+    if summary.gave_up is not None:
+        raise TrainingGaveUp(f"{summary.gave_up}; bring peers back and go on with --resume")
+    return 0
+
+
+def _train(settings: TrainSettings, swarm: Swarm, voice: "_Voice", stop: StopRequest) -> TrainerSummary:
+    manifest, folder = swarm.manifest, settings.checkpoint_dir
+    keep_run(folder, manifest)
+    _check_device(settings)
+    data = ByteDataset.open(settings.data or default_data_path(), context=manifest.model.context)
+    steps = settings.steps if settings.steps is not None else manifest.steps
+    model = build_model(manifest, swarm.experts, swarm.view)
+    progress = open_progress(total_steps=steps, metrics_path=folder / METRICS_FILE, stream=sys.stdout)
+    shard = settings.data_shard if settings.data_shard is not None else _shard_of(voice.peer_id)
+    with TrainingLoop(model, build_optimizer(manifest, model), data, manifest, shard=shard) as loop, closing(progress):
+        session = TrainingSession(
+            loop,
+            manifest,
+            folder=folder,
+            shard=shard,
+            steps=steps,
+            progress=progress,
+            surroundings=Surroundings(
+                is_stopped=lambda: stop.is_requested,
+                experts_alive=lambda: len(manifest.uids()) - len(swarm.snapshot().uncovered(manifest.uids())),
+                wait_for_experts=lambda timeout_s: swarm.wait_for_experts(timeout_s=timeout_s),
+                tell=voice.tell,
+            ),
+        )
+        if not swarm.wait_for_experts(timeout_s=WAIT_FOR_EXPERTS_S):
+            uncovered = swarm.snapshot().uncovered(manifest.uids())
+            progress.note(f"nobody serves {len(uncovered)} of {len(manifest.uids())} experts yet; beginning without")
+        if settings.resume:
+            session.resume(load_newest(folder, run=manifest))
+        summary = session.run()
+    _write_summary(summary, folder)
+    return summary
+
+
+def _write_summary(summary: TrainerSummary, folder: Path) -> None:
+    try:
+        summary.write(folder)
+    except OSError as error:
+        log.warning("summary.not_written", folder=str(folder), reason=error.strerror)
+
+
+def _check_device(settings: TrainSettings) -> None:
+    try:
+        device, why = choose_device(settings.device)
+    except ValueError as error:
+        raise BadConfiguration(str(error)) from None
+    if device.type != "cpu":
+        log.warning("trainer.device", device="cpu", reason=f"a trunk on {device.type} is not built yet", found=why)
+
+
+def _shard_of(peer_id: PeerId) -> int:
+    """A share of the data nobody else has: batches are drawn by trainer, step and micro-batch."""
+    return int.from_bytes(hashlib.sha256(peer_id.encode()).digest()[:4], "big")
+
+
+class _Voice:
+    """What this trainer says of itself. `tell` from the training thread, `record` from the loop."""
+
+    def __init__(self, peer_id: PeerId) -> None:
+        self.peer_id = peer_id
+        self._last: StepReport | None = None
+
+    def tell(self, report: StepReport) -> None:
+        self._last = report
+
+    def record(self, state: PeerState) -> TrainerRecord:
+        last = self._last
+        if last is None:
+            return TrainerRecord(peer_id=self.peer_id, state=state, step=0)
+        return TrainerRecord(
+            peer_id=self.peer_id,
+            state=state,
+            step=last.step,
+            loss=last.train_bits_per_byte,
+            tokens_per_s=last.tokens_per_s,
+            answered_share=min(1.0, max(0.0, last.answered_share)),
+        )
+
+
+@asynccontextmanager
+async def _announced(
+    settings: TrainSettings, identity: Identity, supervisor: DhtSupervisor, voice: _Voice
+) -> AsyncGenerator[Membership]:
+    """A membership whose record says how far training is."""
+    joins = [parse_join(text) for text in settings.join]
+    async with (
+        membership(joins, identity=identity, supervisor=supervisor) as member,
+        asyncio.TaskGroup() as tasks,
+    ):
+        speaking = tasks.create_task(_speak(member, voice))
+        yield member
+        speaking.cancel()
+        lifetime_s = RECORD_LIFETIME_S + RENEW_EVERY_S  # a tombstone outlives what it replaces
+        await member.store.put(voice.record("offline"), lifetime_s=lifetime_s, now_unix_s=time.time())
+
+
+async def _speak(member: Membership, voice: _Voice) -> None:
+    while True:
+        await member.store.put(voice.record("online"), lifetime_s=RECORD_LIFETIME_S, now_unix_s=time.time())
+        await asyncio.sleep(RENEW_EVERY_S)

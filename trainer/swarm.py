@@ -1,0 +1,143 @@
+"""A swarm this process has joined, and the one layer that puts it into a PyTorch model: what users import.
+
+with join("203.0.113.5:4700") as swarm:
+    moe = RemoteMoE(swarm, layer=0, router="mixtral")
+    loss = model_with(moe)(x).mean() + moe.loss
+    loss.backward()  # the experts have learnt, wherever they are
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from experts.uid import ExpertUid
+from peer.bootstrap import parse_join
+from peer.event_loop import EventLoopThread
+from peer.held import Held
+from peer.identity import Identity
+from peer.manifest import RunManifest
+from peer.membership import Membership, membership
+from peer.snapshot import DirectorySnapshot
+from peer.supervisor import DhtSupervisor
+from trainer.moe import MoELayer
+from trainer.remote_experts import RemoteExperts
+from trainer.routing.presets import build_router
+from trainer.routing.router import Router
+from trainer.routing.view import View
+
+LEAVE_WITHIN_S = 5.0
+
+
+class Swarm:
+    """An open membership seen from training threads. Made by `join`; a context manager."""
+
+    def __init__(self, loop: EventLoopThread, held: Held[Membership], member: Membership) -> None:
+        self._loop = loop
+        self._held = held
+        self.member = member
+        self.experts = RemoteExperts(
+            run_id=member.manifest.run_id,
+            wire=member.manifest.wire,
+            transport=member.transport,
+            directory=member.directory,
+            loop=loop,
+        )
+
+    @property
+    def manifest(self) -> RunManifest:
+        """What this swarm trains."""
+        return self.member.manifest
+
+    def snapshot(self) -> DirectorySnapshot:
+        """The swarm as last seen. Never blocks."""
+        return self.member.directory.snapshot()
+
+    def view(self, layer: int) -> View:
+        """Which experts of a layer can be called now, and how much each wants. Never blocks."""
+        return view_of(self.snapshot(), layer, self.manifest.experts_per_layer)
+
+    def wait_until(self, predicate: Callable[[DirectorySnapshot], bool], *, timeout_s: float) -> bool:
+        """Block until the directory shows it; False when it did not in time."""
+        waiting = self.member.directory.wait_until(predicate, timeout_s)
+        return self._loop.run(waiting, timeout_s=timeout_s + 1.0) is not None
+
+    def wait_for_experts(self, *, timeout_s: float) -> bool:
+        """Block until every expert of the run is served; False when some are not in time."""
+        uids = self.manifest.uids()
+        return self.wait_until(lambda snapshot: not snapshot.uncovered(uids), timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Leave. Blocks for a moment."""
+        self._held.close()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def join(*addresses: str, timeout_s: float = 30.0) -> Swarm:
+    """Join the swarm that answers at any of these `HOST:PORT[/KEY]`, as a member that trains and hosts nothing.
+
+    Blocks. Raises ValueError for what is no address, CouldNotJoin, ManifestMismatch. Close it, or use it as a context.
+    """
+    joins = [parse_join(address) for address in addresses]
+    supervisor = DhtSupervisor.spawn()
+    loop = EventLoopThread().start()
+    opening = membership(joins, identity=Identity.generate(), supervisor=supervisor, timeout_s=timeout_s)
+    held = Held(loop, opening, leave_timeout_s=LEAVE_WITHIN_S)
+    try:
+        member = held.open()
+    except BaseException:
+        loop.close()
+        raise
+    assert member is not None, "nobody was there to stop it"
+    return Swarm(loop, held, member)
+
+
+class RemoteMoE(MoELayer):
+    """A drop-in layer over the experts of one mixture layer of a swarm: (..., D) -> (..., D), differentiable.
+
+    `router` is a preset's name, a Router of yours, or none for the run's own. Its gradients are yours to apply; the
+    experts learn where they are, by the mean of the losses you call `backward` on.
+    """
+
+    def __init__(self, swarm: Swarm, layer: int = 0, router: str | Router | None = None) -> None:
+        manifest = swarm.manifest
+        if not 0 <= layer < manifest.moe_layers:
+            raise ValueError(f"this run has {manifest.moe_layers} mixture layers, from 0; there is no layer {layer}")
+        super().__init__(
+            layer,
+            router if isinstance(router, Router) else router_for(manifest, layer, preset=router),
+            swarm.experts,
+            swarm.view,
+            timeout_s=manifest.wire.step_timeout_s,
+        )
+
+
+def router_for(manifest: RunManifest, layer: int, *, preset: str | None = None) -> Router:
+    """The router of one layer: the run's own, or another preset with its own settings. The same on every trainer."""
+    own = preset is None
+    return build_router(
+        manifest.router.preset if preset is None else preset,
+        dim=manifest.model.dim,
+        num_experts=manifest.experts_per_layer,
+        top_k=manifest.router.top_k if own else None,
+        balance=manifest.router.balance if own else None,
+        seed=(manifest.seed << 16) + layer,
+    )
+
+
+def view_of(snapshot: DirectorySnapshot, layer: int, num_experts: int) -> View:
+    """What the directory says of one layer, as routers read it. An expert is alive when its primary takes calls."""
+    primaries = [snapshot.primary(ExpertUid(layer, index)) for index in range(num_experts)]
+    return View.of(
+        layer,
+        [primary is not None for primary in primaries],
+        capacity=[primary.share if primary is not None else 0.0 for primary in primaries],
+        bias=[primary.bias if primary is not None else 0.0 for primary in primaries],
+    )
