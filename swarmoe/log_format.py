@@ -19,7 +19,7 @@ def start_logging(settings: OutputSettings) -> None:
     """Set the process's log output; call once, before anything logs."""
     # Read by hivemind and grpc when they are imported, in this process and in those it starts.
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what fails reaches us as a status; we say it once
     level = getattr(logging, settings.log_level.upper())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
