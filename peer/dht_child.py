@@ -26,7 +26,7 @@ from peer.records import RecordsUnavailable
 log = structlog.get_logger()
 
 SOCKET_DIR_PREFIX = "swarmoe-dht-"
-_SOCKET_ROOT = "/tmp"
+SOCKET_ROOT = "/tmp"
 """Not TMPDIR: the path of a Unix socket may have 107 bytes."""
 _KEPT_LINES = 20
 _ERRORS: dict[str, Callable[[str], SwarmError]] = {
@@ -52,7 +52,7 @@ class DhtChild:
     @classmethod
     def spawn(cls) -> Self:
         """Start it; it imports hivemind while the caller goes on."""
-        socket_dir = Path(tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir=_SOCKET_ROOT))
+        socket_dir = Path(tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir=SOCKET_ROOT))
         parent_end, child_end = socket.socketpair()
         with child_end:
             process = subprocess.Popen(

@@ -48,6 +48,7 @@ class Node:
             _UNIX_SOCKET_PREFIX = f"/unix{socket_dir}/"
 
         p2p = await Daemon.replicate(Multiaddr(f"/unix{socket_dir / CONTROL_SOCKET}"))
+        assert isinstance(p2p, _Daemon)
         node = await DHTNode.create(
             p2p=p2p,
             record_validator=_Validator(guard),
