@@ -115,10 +115,10 @@ class Coordinator:
     def _health(self) -> Health:
         state = self._state
         served = len(state.experts) - len(state.uncovered)
-        detail = f"{len(state.peers)} peers, {served} of {len(state.experts)} experts served"
+        detail = f"peers: {len(state.peers)}, experts served: {served} of {len(state.experts)}"
         age_s = self._clock() - state.at_unix_s
         if age_s > STALE_AFTER_S:
-            return Health(ok=False, detail=f"{detail} {age_s:.0f} s ago; the records cannot be read")
+            return Health(ok=False, detail=f"{detail}; the records were last read {age_s:.0f} s ago")
         return Health(ok=True, detail=detail)
 
     def _greeting(self) -> bytes:

@@ -77,6 +77,11 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    async def press(self, key: str) -> None:
+        """One key on whatever has the focus."""
+        for type_ in ("keyDown", "keyUp"):
+            await self.send("Input.dispatchKeyEvent", type=type_, key=key, code=key)
+
     async def screenshot(self) -> bytes:
         """A PNG of what is in view."""
         picture = await self.send("Page.captureScreenshot", captureBeyondViewport=False)
