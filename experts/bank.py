@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from experts.grouped import can_group, prefers_grouped, run_grouped, run_one_by_one
+from experts.hosted import Hosted
 from experts.initial import initial_weights
 from experts.optimizer import Tensors, Update, gradient_norms, moment_names, take_steps
-from experts.passes import Graph, Pass, gradients
+from experts.passes import Graph, Pass, gradients, load_autograd
 from experts.registry import expert_kind
 from experts.settings import ExpertOptimizerSettings, ExpertShape
 from experts.stack import TensorStack, num_bytes
@@ -33,39 +34,6 @@ class Steps:
     """The new versions of those that stepped."""
     non_finite: frozenset[ExpertUid]
     """Those that threw a gradient away, since they were last asked, because it was not finite."""
-
-
-@dataclass
-class _Gathered:
-    """A gradient on its way to the next step."""
-
-    gradients: Tensors
-    rows: int
-    loss_tokens: float
-
-
-@dataclass
-class _Hosted:
-    slot: int
-    clock: Clock
-    revision: int
-    """Unique in the bank, new whenever the weights change: after removal and return a version may repeat."""
-    gathered: _Gathered | None = None
-    had_non_finite: bool = False
-
-    @property
-    def rows_gathered(self) -> int:
-        return self.gathered.rows if self.gathered is not None else 0
-
-    def gather(self, gradients: Tensors, *, rows: int, loss_tokens: float) -> None:
-        """Takes the gradients over: with a step after every backward they are never copied."""
-        if self.gathered is None:
-            self.gathered = _Gathered(gradients, rows, loss_tokens)
-            return
-        for total, gradient in zip(self.gathered.gradients, gradients, strict=True):
-            total.add_(gradient)
-        self.gathered.rows += rows
-        self.gathered.loss_tokens += loss_tokens
 
 
 class ExpertBank:
@@ -100,10 +68,11 @@ class ExpertBank:
         self._weights = TensorStack(shapes, device)
         self._moments = {moment: TensorStack(shapes, device) for moment in moment_names(optimizer)}
         self._saved_bytes_per_row = self._kind.saved_bytes_per_row(shape.dim, shape.hidden)
-        self._hosted: dict[ExpertUid, _Hosted] = {}
+        self._hosted: dict[ExpertUid, Hosted] = {}
         self._num_slots = 0
         self._free_slots: list[int] = []
         self._revisions = count()
+        load_autograd()
 
     @staticmethod
     def bytes_per_expert(shape: ExpertShape, optimizer: ExpertOptimizerSettings) -> int:
@@ -132,7 +101,7 @@ class ExpertBank:
             raise ValueError(f"expert {uid} is already hosted")
         weights = initial_weights(self._kind, self._shape, initial_seed(self._seed, uid))
         slot = self._take_slot()
-        self._hosted[uid] = _Hosted(slot, Clock(), next(self._revisions))
+        self._hosted[uid] = Hosted(slot, Clock(), next(self._revisions))
         _write(self._weights.at(slot), weights)
         for stack in self._moments.values():
             for tensor in stack.at(slot).values():
@@ -143,7 +112,7 @@ class ExpertBank:
         self._check(uid, state)
         hosted = self._hosted.get(uid)
         slot = hosted.slot if hosted is not None else self._take_slot()
-        self._hosted[uid] = _Hosted(slot, state.clock, next(self._revisions))
+        self._hosted[uid] = Hosted(slot, state.clock, next(self._revisions))
         _write(self._weights.at(slot), state.weights)
         for moment, stack in self._moments.items():
             _write(stack.at(slot), {name: state.moments[f"{moment}.{name}"] for name in state.weights})
@@ -172,7 +141,7 @@ class ExpertBank:
         hosted = [self._hosted[uid] for uid in uids]
         pass_ = Pass(
             x_ND=x_ND.detach(),
-            out_ND=torch.empty_like(x_ND, requires_grad=False),
+            out_ND=torch.empty_like(x_ND),
             uids=tuple(uids),
             counts=tuple(counts),
             versions=tuple(expert.clock.version for expert in hosted),
@@ -206,16 +175,17 @@ class ExpertBank:
             raise ValueError(f"gradients {tuple(grad_out_ND.shape)} do not belong to rows {tuple(pass_.x_ND.shape)}")
         if not (loss_tokens > 0 and math.isfinite(loss_tokens)):
             raise ValueError(f"loss_tokens must be positive and finite, not {loss_tokens}")
+        graphs = pass_.graphs or {}
+        pass_.release_graph()
         grad_x_ND = torch.zeros_like(pass_.x_ND)
         found: dict[int, Tensors] = {}
         for together in self._computed_together(pass_):
-            graph = pass_.graphs.get(together) if pass_.graphs is not None else None
+            graph = graphs.get(together)
             if graph is None or not self._unchanged(pass_, together):
                 graph = self._compute(pass_, together, keep_graph=True)
             span = pass_.span(together)
             grad_x_ND[span], weight_gradients = gradients(graph, grad_out_ND[span].contiguous())
             found.update(zip(together, weight_gradients, strict=True))
-        pass_.release_graph()
         norms = gradient_norms([(*tensors, grad_x_ND[pass_.span((position,))]) for position, tensors in found.items()])
         for (position, tensors), norm in zip(found.items(), norms, strict=True):
             hosted = self._hosted[pass_.uids[position]]
@@ -271,7 +241,7 @@ class ExpertBank:
         hosted = ((self._hosted.get(pass_.uids[position]), pass_.revisions[position]) for position in positions)
         return all(expert is not None and expert.revision == revision for expert, revision in hosted)
 
-    def _update(self, hosted: _Hosted) -> Update:
+    def _update(self, hosted: Hosted) -> Update:
         assert hosted.gathered is not None
         return Update(
             weights=tuple(self._weights.at(hosted.slot).values()),

@@ -59,6 +59,12 @@ class Pass:
         self.graph_bytes = 0
 
 
+def load_autograd() -> None:
+    """Let torch import what it needs for a process's first backward: a second or two that no call should wait for."""
+    leaf = torch.zeros((), requires_grad=True)
+    torch.autograd.grad(leaf.exp(), leaf, torch.ones(()))
+
+
 def gradients(graph: Graph, grad_out_ND: Tensor) -> tuple[Tensor, list[Tensors]]:
     """The gradient of the rows, and per expert of its weights, which nobody else refers to. Uses the graph up."""
     grad_x_ND, *stacked = torch.autograd.grad(
