@@ -4,10 +4,9 @@ The DHT has no compare-and-swap: two joiners are both told yes. Each looks again
 rule: the lowest (claim time, peer id) keep it, as many as there should be replicas.
 """
 
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from experts.uid import ExpertUid
 from peer.transport import PeerId
@@ -28,6 +27,12 @@ class Coverage(Protocol):
         ...
 
 
+class Shuffler(Protocol):
+    """A seeded `random.Random`."""
+
+    def shuffle(self, x: list[Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Dropped:
     """An expert to give up, and the sentence for the log."""
@@ -41,7 +46,7 @@ def choose(
     wanted: Sequence[ExpertUid] | None,
     capacity: int,
     all_uids: Iterable[ExpertUid],
-    rng: random.Random,
+    rng: Shuffler,
     *,
     wanted_replicas: int = 1,
 ) -> list[ExpertUid]:

@@ -86,7 +86,7 @@ class DhtChild:
             self._writer.close()
             self.dispose()
             self._fail_pending()
-        return self._last_lines[-1] if self._last_lines else "nothing"
+        return self._said()
 
     async def request(self, verb: str, *, timeout_s: float, **fields: Any) -> Any:
         """Ask and wait. Raises RecordsUnavailable when no answer comes in time, CouldNotJoin, CouldNotListen."""
@@ -141,7 +141,10 @@ class DhtChild:
     def _fail_pending(self) -> None:
         for answer in self._pending.values():
             if not answer.done():
-                answer.set_exception(RecordsUnavailable("the DHT process ended"))
+                answer.set_exception(RecordsUnavailable(f"the DHT process ended; it said: {self._said()}"))
+
+    def _said(self) -> str:
+        return self._last_lines[-1] if self._last_lines else "nothing"
 
     async def _read_stderr(self) -> None:
         lines = asyncio.StreamReader()

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -140,12 +141,15 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the parent's to act on
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     socket_dir = Path(sys.argv[1])
+    exit_code = 0
     try:
         asyncio.run(_serve(socket.socket(fileno=0), socket_dir))
-    finally:
-        shutil.rmtree(socket_dir, ignore_errors=True)
-        sys.stderr.flush()
-        os._exit(0)  # hivemind leaves tasks behind whose end prints noise, or waits for ever
+    except Exception:
+        traceback.print_exc()
+        exit_code = 1
+    shutil.rmtree(socket_dir, ignore_errors=True)
+    sys.stderr.flush()
+    os._exit(exit_code)  # hivemind leaves tasks behind whose end prints noise, or waits for ever
 
 
 if __name__ == "__main__":

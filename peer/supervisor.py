@@ -91,8 +91,10 @@ class DhtSupervisor:
                 await self._listen(settings)
                 await self._join(settings.initial_peers)
                 await self._look()
-        except (TimeoutError, RecordsUnavailable) as error:
-            raise CouldNotJoin(f"the DHT did not come up in {timeout_s:g} s: {error}") from None
+        except TimeoutError:
+            raise CouldNotJoin(f"the DHT did not come up in {timeout_s:g} s") from None
+        except RecordsUnavailable as error:
+            raise CouldNotJoin(f"the DHT did not come up: {error}") from None
         log.info("dht.joined", addresses=self._addresses, initial_peers=len(settings.initial_peers))
 
     async def store(self, kind: Kind, subkey: str, value: bytes, expires_at_unix_s: float) -> bool:

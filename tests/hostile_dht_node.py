@@ -30,8 +30,6 @@ def poison(kind: str) -> Any:
     value = DictionaryDHTValue()
     if kind == "forged":
         value.store("a" * 52, b"\xc4\x03abc", time.time() + 30)
-    elif kind == "endless":  # an empty answer that claims to be the latest there can be
-        value.latest_expiration_time = float("inf")
     elif kind == "sized":  # a size limit that cannot be compared
         value.maxsize = "large"  # type: ignore[assignment]
     return value
