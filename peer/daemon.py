@@ -15,7 +15,7 @@ import torch
 from experts.bank import ExpertBank, ExpertState
 from experts.snapshots import SnapshotFolder, SnapshotNotWritten, SnapshotUnusable
 from experts.uid import ExpertUid, RunId
-from peer.addresses import join_address, split_address
+from peer.addresses import split_address
 from peer.announcer import Announcer, Place
 from peer.bootstrap import parse_join, sign_info
 from peer.device import capacity, choose_device, free_memory_bytes, limit_compute_threads
@@ -30,7 +30,7 @@ from peer.manifest import RunManifest
 from peer.membership import Membership, membership
 from peer.messages import CallLimits
 from peer.metrics import peer_registry
-from peer.reachable import listen_ip, reachable_host
+from peer.reachable import listen_ip, reachable_address
 from peer.run_folder import keep_run
 from peer.service import ExpertService
 from peer.settings import PeerSettings
@@ -82,8 +82,7 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         service = ExpertService(host, CallLimits.of(member.manifest), _introducer(member))
         server = await member.transport.serve(service, settings.listen)
         stack.push_async_callback(server.close, 0.0)
-        _, port = split_address(server.address)
-        place = _place(settings, member, join_address(reachable_host(listen_host), port), device, host)
+        place = _place(settings, member, reachable_address(server.address), device, host)
         announcer = Announcer(
             place, host=host, store=member.store, directory=member.directory, saved=saved, rng=random.Random()
         )

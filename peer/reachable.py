@@ -4,7 +4,6 @@ import ipaddress
 import socket
 
 from peer.addresses import join_address, split_address
-from peer.addresses import split_address
 from peer.errors import CouldNotListen
 
 _SOMEWHERE = ("192.0.2.1", 9)

@@ -93,3 +93,40 @@ def _wall_s(summaries: Sequence[TrainerSummary]) -> float:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """The verdict table."""
+    calls, pairs, backwards, experts = report["calls"], report["pairs"], report["backwards"], report["experts"]
+    first, last = _bits(report["train_bits_per_byte_first"]), _bits(report["train_bits_per_byte_last"])
+    lost = _why(report["lost_by_reason"])
+    rows = [
+        ("steps", f"{report['steps']} ({report['steps_skipped']} skipped) in {report['wall_s']:.0f} s"),
+        ("tokens", f"{report['tokens']:,} trained, {report['tokens_per_s']:,.0f} per second"),
+        ("bits per byte", f"{first} -> {last}"),
+        ("on held-out text", _bits(report["val_bits_per_byte"])),
+        ("calls", f"{calls.get('answered', 0):,} of {calls.get('sent', 0):,} answered"),
+        ("pairs", f"{pairs.get('answered', 0):,} of {pairs.get('sent', 0):,} answered{lost}"),
+        ("backwards", f"{backwards.get('applied', 0):,} of {backwards.get('sent', 0):,} applied"),
+        ("traffic", f"{_mib(report['bytes_up'])} up, {_mib(report['bytes_down'])} down"),
+        ("", f"{report['bytes_per_token']:,.0f} bytes per token"),
+        ("experts", f"{experts['alive']} of {experts['total']} alive at the end"),
+        ("", f"{experts['restored']} restored, {experts['reinitialised']} begun afresh"),
+        ("kills", f"{report['kills']}"),
+        *(("problem", problem) for problem in report["problems"]),
+        ("verdict", report["verdict"]),
+    ]
+    return "\n".join(f"  {name:<17} {value}" for name, value in rows)
+
+
+def _bits(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.1f} MiB"
+
+
+def _why(lost_by_reason: dict[str, int]) -> str:
+    reasons = [f"{count:,} {reason}" for reason, count in lost_by_reason.items() if count]
+    return f" (lost: {', '.join(reasons)})" if reasons else ""
