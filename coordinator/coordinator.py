@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from logging import INFO, WARNING
 
 import structlog
 
@@ -88,7 +89,8 @@ class Coordinator:
         change = self._monitor.observe(swarm_state(snapshot, self._manifest))
         self._state = change.state
         for event in change.events:
-            log.info(event.name, text=event.text)
+            if not event.name.startswith("peer."):  # those the directory has logged
+                log.log(WARNING if event.tone == "bad" else INFO, event.name, text=event.text)
         if change.state != before:
             self._feed.publish(event_bytes("update", change.model_dump_json()))
         members = _joins(snapshot)
