@@ -13,6 +13,8 @@ from typing import Any
 
 # We fork nothing; without this every fork of a library prints that gRPC skips its fork handlers. Read at import.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# What the C core has to say about connections is in the errors; its own lines on stderr are no log of ours.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import grpc
 from grpc import StatusCode

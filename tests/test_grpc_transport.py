@@ -1,0 +1,376 @@
+"""What only real sockets show: TLS, statuses, hostile bytes, frozen peers."""
+
+import asyncio
+import base64
+import random
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from peer.answering import DEFAULT_CALL_S, MAX_CALL_S
+from peer.call_stream import read_call
+from peer.certificates import Certificate, pem_of
+from peer.credentials import METADATA_KEY, issue
+from peer.errors import (
+    CouldNotListen,
+    DeadlineExceeded,
+    MalformedReply,
+    PeerUnreachable,
+)
+from peer.event_loop import EventLoopThread
+from peer.grpc_status import ERROR_OF_STATUS, SERVICE, STATUS_OF_REFUSAL, grpc
+from peer.grpc_transport import GrpcTransport
+from peer.identity import Identity
+from peer.reply_stream import write_reply
+from peer.transport import CHUNK_BYTES, CallContext, Endpoint, Method, Refusal
+from protos.swarm_pb2 import CallFrame, InfoRequest, ReplyFrame
+from tests.transport_worlds import Member, World, ask, chunks, echo, grpc_world
+from tests.wire_calls import LIMITS, forward_call, frames_of, whole_answer
+
+StatusCode = grpc.StatusCode
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = grpc_world()
+    yield world
+    await world.close()
+
+
+async def _read_and_answer(frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    await read_call(frames, LIMITS, Method.FORWARD)
+    for frame in write_reply(whole_answer()):
+        yield frame
+
+
+@asynccontextmanager
+async def _raw_channel(endpoint: Endpoint) -> AsyncIterator[Any]:
+    """What a client of somebody else's making has: a connection, and whatever bytes it likes."""
+    credentials = grpc.ssl_channel_credentials(pem_of(endpoint.certificate_der))
+    options = [("grpc.ssl_target_name_override", "swarmoe"), ("grpc.max_send_message_length", -1)]
+    async with grpc.aio.secure_channel(endpoint.address, credentials, options=options) as channel:
+        yield channel
+
+
+async def _status_of(
+    endpoint: Endpoint, frames: Iterable[bytes], *, credential: bytes | None, timeout_s: float | None = 5.0
+) -> tuple[grpc.StatusCode, str]:
+    """What a hostile caller is told."""
+    metadata = () if credential is None else ((METADATA_KEY, credential),)
+    async with _raw_channel(endpoint) as channel:
+        call = channel.stream_stream(f"/{SERVICE}/Forward")(iter(frames), metadata=metadata, timeout=timeout_s)
+        try:
+            async for _ in call:
+                pass
+        except grpc.aio.AioRpcError as error:
+            return error.code(), error.details() or ""
+        return StatusCode.OK, ""
+
+
+def _credential(peer: Member) -> bytes:
+    return issue(Identity.generate(), peer.endpoint, now_unix_s=time.time())
+
+
+async def _still_serves(world: World, peer: Member) -> bool:
+    return len(await ask(world.member(), peer.endpoint, _sent(await frames_of(forward_call())))) > 0
+
+
+async def _sent(frames: Iterable[CallFrame]) -> AsyncIterator[CallFrame]:
+    for frame in frames:
+        yield frame
+
+
+def test_every_status_and_every_refusal_is_translated() -> None:
+    assert ERROR_OF_STATUS.keys() == set(StatusCode) - {StatusCode.OK}
+    assert STATUS_OF_REFUSAL.keys() == set(Refusal)
+    assert len(set(STATUS_OF_REFUSAL.values())) == len(Refusal)
+    assert set(ERROR_OF_STATUS.values()) == {PeerUnreachable, DeadlineExceeded, MalformedReply}
+
+
+@pytest.mark.parametrize("status", sorted(ERROR_OF_STATUS, key=lambda status: status.name))
+async def test_a_status_that_is_no_refusal_arrives_as_the_tables_error(status: grpc.StatusCode) -> None:
+    async def abort(_: Any, context: Any) -> None:
+        await context.abort(status, "said the other side")
+
+    async with _raw_server(abort) as endpoint:
+        with pytest.raises(ERROR_OF_STATUS[status], match="said the other side"):
+            await _call(endpoint)
+
+
+@asynccontextmanager
+async def _raw_server(forward: Any) -> AsyncIterator[Endpoint]:
+    """Somebody else's server behind a good certificate."""
+    certificate = Certificate.generate()
+    server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
+    handlers = {"Forward": grpc.stream_stream_rpc_method_handler(forward)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    credentials = grpc.ssl_server_credentials([(certificate.private_key_pem, certificate.pem)])
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    try:
+        yield Endpoint(Identity.generate().peer_id, f"127.0.0.1:{port}", certificate.der)
+    finally:
+        await server.stop(0)
+
+
+async def _call(endpoint: Endpoint) -> list[bytes]:
+    transport = GrpcTransport(Identity.generate())
+    try:
+        async with aclosing(transport.call(endpoint, Method.FORWARD, chunks(b"x"), timeout_s=5)) as replies:
+            return [reply.chunk async for reply in replies]
+    finally:
+        await transport.close()
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("answer", [b"\xff" * 20, b"\x12\x7f", bytes(5 * CHUNK_BYTES)], ids=["noise", "cut", "large"])
+async def test_an_answer_that_is_none_is_malformed(answer: bytes) -> None:
+    async def send(_: Any, context: Any) -> None:
+        await context.write(answer)
+
+    async with _raw_server(send) as endpoint:
+        with pytest.raises(MalformedReply):
+            await _call(endpoint)
+
+
+@pytest.mark.hostile
+async def test_no_identity_and_a_forged_one_are_unauthenticated_with_a_sentence(world: World) -> None:
+    peer = await world.serving(_read_and_answer)
+    stranger = Identity.generate()
+    other = Endpoint(stranger.peer_id, peer.endpoint.address, peer.endpoint.certificate_der)
+    good = _credential(peer)
+
+    for credential, reason in (
+        (None, "no identity"),
+        (b"\x00\x01\x02", "malformed"),
+        (good[:-1] + bytes([good[-1] ^ 1]), "forged"),
+        (issue(stranger, other, now_unix_s=time.time()), "for another peer"),
+        (issue(stranger, peer.endpoint, now_unix_s=time.time() - 3600), "expired"),
+    ):
+        status, sentence = await _status_of(peer.endpoint, [b""], credential=credential)
+        assert status is StatusCode.UNAUTHENTICATED
+        assert reason in sentence
+    assert await _still_serves(world, peer)
+
+
+@pytest.mark.hostile
+async def test_hostile_frames_get_the_right_status_and_the_next_good_call_is_served(world: World) -> None:
+    peer = await world.serving(_read_and_answer)
+    header, chunk = [frame.SerializeToString() for frame in await frames_of(forward_call())]
+    announcing = await frames_of(forward_call())
+    announcing[0].header.tensors[0].shape[:] = [2**62, 4]
+    announcing[0].header.tensors[0].size_bytes = 5_000_000_000
+    wrong_run = await frames_of(forward_call(run_id="another"))
+    noise = random.Random(4).randbytes(1000)
+
+    for frames, expected, reason in (
+        ([noise], StatusCode.INVALID_ARGUMENT, "does not decode"),
+        ([header[: len(header) // 2]], StatusCode.INVALID_ARGUMENT, "does not decode"),
+        ([chunk, header], StatusCode.INVALID_ARGUMENT, "starts with its header"),
+        ([header], StatusCode.INVALID_ARGUMENT, "ended after 0 of 116"),
+        ([header, chunk, chunk], StatusCode.INVALID_ARGUMENT, "more bytes"),
+        ([], StatusCode.INVALID_ARGUMENT, "starts with its header"),
+        ([announcing[0].SerializeToString()], StatusCode.OUT_OF_RANGE, "at most"),
+        ([wrong_run[0].SerializeToString()], StatusCode.FAILED_PRECONDITION, "another"),
+    ):
+        status, sentence = await _status_of(peer.endpoint, frames, credential=_credential(peer))
+        assert (status, reason in sentence) == (expected, True), sentence
+        assert await _still_serves(world, peer)
+
+
+@pytest.mark.hostile
+async def test_a_frame_beyond_the_limit_is_refused_by_the_connection(world: World) -> None:
+    peer = await world.serving(_read_and_answer)
+
+    status, _ = await _status_of(peer.endpoint, [bytes(5 * CHUNK_BYTES)], credential=_credential(peer))
+
+    assert status is not StatusCode.OK
+    assert await _still_serves(world, peer)
+
+
+@pytest.mark.hostile
+async def test_a_stream_that_trickles_for_ever_is_cut_at_its_deadline(world: World) -> None:
+    peer, caller = await world.serving(_read_and_answer), world.member()
+    header, chunk = await frames_of(forward_call())
+
+    async def trickle() -> AsyncIterator[CallFrame]:
+        yield header
+        for at in range(len(chunk.chunk)):
+            yield CallFrame(chunk=chunk.chunk[at : at + 1])
+            await asyncio.sleep(0.05)
+
+    began_s = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        await ask(caller, peer.endpoint, trickle(), timeout_s=0.3)
+
+    assert time.monotonic() - began_s < 0.3 + 0.5
+    assert await _still_serves(world, peer)
+
+
+@pytest.mark.parametrize(("timeout_s", "granted_s"), [(None, DEFAULT_CALL_S), (1e6, MAX_CALL_S), (20.0, 20.0)])
+async def test_a_call_has_a_deadline_whatever_its_caller_says(
+    world: World, timeout_s: float | None, granted_s: float
+) -> None:
+    left_s: list[float] = []
+
+    async def note(frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+        left_s.append(context.deadline_s - asyncio.get_running_loop().time())
+        yield ReplyFrame()
+
+    peer = await world.serving(note)
+
+    status, _ = await _status_of(peer.endpoint, [], credential=_credential(peer), timeout_s=timeout_s)
+
+    assert status is StatusCode.OK
+    assert granted_s - 2 < left_s[0] <= granted_s + 0.1
+
+
+async def test_connections_are_tls_1_3_with_the_certificate_of_the_record(world: World) -> None:
+    peer = await world.serving(echo)
+    context = ssl.create_default_context(cadata=pem_of(peer.endpoint.certificate_der).decode())
+    context.set_alpn_protocols(["h2"])
+    host, port = peer.endpoint.address.rsplit(":", 1)
+
+    _, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="swarmoe")
+    tls: ssl.SSLObject = writer.get_extra_info("ssl_object")
+    negotiated = tls.version(), tls.selected_alpn_protocol()
+    writer.transport.abort()
+
+    assert negotiated == ("TLSv1.3", "h2")
+
+
+@pytest.mark.hostile
+async def test_plaintext_is_refused(world: World) -> None:
+    peer = await world.serving(_read_and_answer)
+
+    async with grpc.aio.insecure_channel(peer.endpoint.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await channel.unary_unary(f"/{SERVICE}/Info")(b"", timeout=2)
+
+    assert error.value.code() is StatusCode.UNAVAILABLE
+    assert await _still_serves(world, peer)
+
+
+async def test_info_reports_who_is_not_there_in_words(world: World, closed_port: str, silent_listener: str) -> None:
+    stranger = world.member().transport
+
+    with pytest.raises(PeerUnreachable, match="cannot connect"):
+        await stranger.info(closed_port, InfoRequest(), timeout_s=5)
+    with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
+        await stranger.info(silent_listener, InfoRequest(), timeout_s=0.2)
+    with pytest.raises(PeerUnreachable, match="cannot connect"):
+        await stranger.info("does-not-exist.invalid:1", InfoRequest(), timeout_s=5)
+
+
+async def test_info_of_something_else_is_malformed(world: World) -> None:
+    async def say_something_else(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(say_something_else, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(MalformedReply, match="no swarmoe listens there"):
+            await world.member().transport.info(f"127.0.0.1:{port}", InfoRequest(), timeout_s=5)
+
+
+async def test_info_of_a_hostile_size_or_noise_is_an_error_and_not_a_crash(world: World) -> None:
+    peer = await world.serving(echo)
+
+    async with _raw_channel(peer.endpoint) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await channel.unary_unary(f"/{SERVICE}/Info")(b"\xff\xff\xff", timeout=5)
+
+    assert error.value.code() is StatusCode.INVALID_ARGUMENT
+    assert (await world.member().transport.info(peer.endpoint.address, InfoRequest(), timeout_s=5))[0] is not None
+
+
+async def test_ipv6_is_listened_on_and_dialled(world: World) -> None:
+    if not _has_ipv6():
+        pytest.skip("this machine has no IPv6 loopback")
+    peer = await world.serving(echo, listen="[::1]:0")
+
+    assert peer.endpoint.address.startswith("[::1]:")
+    assert await ask(world.member(), peer.endpoint) == [b"hello"]
+    assert (await world.member().transport.info(peer.endpoint.address, InfoRequest(), timeout_s=5))[1]
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+async def test_an_address_of_another_machine_cannot_be_listened_on(world: World) -> None:
+    with pytest.raises(CouldNotListen, match="not one of this machine's"):
+        await world.serving(echo, listen="192.0.2.1:0")
+
+
+def test_it_works_on_the_processes_own_loop_thread() -> None:
+    async def scenario() -> list[bytes]:
+        world = grpc_world()
+        try:
+            return await ask(world.member(), (await world.serving(echo)).endpoint)
+        finally:
+            await world.close()
+
+    with EventLoopThread() as loop:
+        assert loop.run(scenario(), timeout_s=10) == [b"hello"]
+
+
+_FREEZABLE = """
+import asyncio, base64
+from peer.grpc_transport import GrpcTransport
+from peer.identity import Identity
+from tests.transport_worlds import TestServicer, before
+
+async def hang(context):
+    print("called", flush=True)
+    await asyncio.Event().wait()
+
+async def main():
+    identity = Identity.generate()
+    transport = GrpcTransport(identity)
+    server = await transport.serve(TestServicer(before(hang)), "127.0.0.1:0")
+    certificate = base64.b64encode(transport.certificate_der).decode()
+    print(identity.peer_id, server.address, certificate, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("sign", "noticed_s"), [(signal.SIGKILL, 1.0), (signal.SIGSTOP, 5.0)], ids=["killed", "frozen"]
+)
+async def test_a_peer_that_dies_or_freezes_in_a_call_is_noticed_long_before_the_deadline(
+    world: World, sign: signal.Signals, noticed_s: float
+) -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", _FREEZABLE, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        peer_id, address, certificate = (await process.stdout.readline()).decode().split()
+        endpoint = Endpoint(peer_id, address, base64.b64decode(certificate))  # pyright: ignore[reportArgumentType]
+        call = asyncio.create_task(ask(world.member(), endpoint, timeout_s=30))
+        assert await process.stdout.readline() == b"called\n"
+
+        process.send_signal(sign)
+        began_s = time.monotonic()
+
+        with pytest.raises(PeerUnreachable):
+            await call
+        assert time.monotonic() - began_s < noticed_s
+    finally:
+        process.kill()
+        await process.wait()
