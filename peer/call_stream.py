@@ -8,12 +8,12 @@ import math
 from collections.abc import AsyncIterator
 from typing import NoReturn, cast
 
-from peer.codecs import Codec
 from peer.errors import MalformedMessage
 from peer.framing import TensorAssembler, cut_into_chunks
 from peer.messages import CALL_ID_BYTES, Call, CallLimits, ExpertRows, Mode
 from peer.tensors import Role, TensorSpec, TensorTooLarge, check_header, header_of
 from peer.transport import CallRefused, Method, Refusal
+from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
 
 

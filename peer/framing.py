@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from peer.codecs import Buffer
 from peer.errors import MalformedMessage
 from peer.tensors import TensorSpec, WireTensor
 from peer.transport import CHUNK_BYTES
+from peer.wire_codecs import Buffer
 
 
 def cut_into_chunks(buffers: Iterable[Buffer]) -> Iterator[bytes]:

@@ -14,10 +14,10 @@ from enum import IntEnum
 from typing import Self
 
 from experts.uid import RunId
-from peer.codecs import Codec
 from peer.manifest import RunManifest
 from peer.tensors import Role, WireTensor
 from peer.transport import Method
+from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
 
 CALL_ID_BYTES = 16

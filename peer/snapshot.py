@@ -50,6 +50,8 @@ class DirectorySnapshot:
     trainers: Mapping[PeerId, TrainerRecord]
     replicas_by_uid: Mapping[ExpertUid, tuple[Replica, ...]]
     claims_by_uid: Mapping[ExpertUid, tuple[Claim, ...]]
+    expiries: Mapping[PeerId, float]
+    """When each peer's record expires, on the wall clock: a later one is a newer sign of life."""
 
     def replicas(self, uid: ExpertUid) -> tuple[Replica, ...]:
         """Who can be called for it: online, neither paused nor quarantined; lowest (claim time, peer id) first."""
@@ -104,6 +106,7 @@ def take_snapshot(
         ),
         replicas_by_uid=MappingProxyType({uid: _by_claim(those) for uid, those in replicas.items()}),
         claims_by_uid=MappingProxyType({uid: tuple(sorted(those)) for uid, those in claims.items()}),
+        expiries=MappingProxyType({peer_id: peers[peer_id].expires_at_unix_s for peer_id in present}),
     )
 
 

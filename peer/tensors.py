@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from peer import codecs
-from peer.codecs import Buffer, Codec, DType
+from peer import wire_codecs as codecs
 from peer.errors import MalformedMessage
+from peer.wire_codecs import Buffer, Codec, DType
 from protos import swarm_pb2 as pb
 
 

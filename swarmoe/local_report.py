@@ -17,7 +17,7 @@ class ExpertCounts:
     restored: int
     """Taken up again from a snapshot after a kill."""
     reinitialised: int
-    """Started afresh although the swarm had had them before: what they had learnt is lost."""
+    """Started afresh after training had begun: what they had learnt is lost."""
     taken_over: int = 0
     """By a follower; there are none yet."""
 

@@ -78,7 +78,6 @@ class _LocalSwarm:
         self._training_began_s: float | None = None
         self._steps_done = 0
         self._kills = 0
-        self._seen: set[str] = set()
         self._restored = 0
         self._reinitialised = 0
 
@@ -197,11 +196,9 @@ class _LocalSwarm:
         if event.name == "coordinator.ready":
             self._state_url = f"{event.fields['dashboard']}api/state"
         elif event.name == "expert.restored":
-            self._seen.add(event.fields["uid"])
             self._restored += 1
         elif event.name == "expert.fresh":
-            self._reinitialised += event.fields["uid"] in self._seen
-            self._seen.add(event.fields["uid"])
+            self._reinitialised += self._training_began_s is not None
         elif step := _STEP_LINE.match(str(event.fields.get("text", ""))):
             self._training_began_s = self._training_began_s or time.monotonic()
             self._steps_done = max(self._steps_done, int(step[1]))

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from experts.settings import ExpertShape
 from peer.call_stream import read_call
-from peer.codecs import Codec
+from peer.wire_codecs import Codec
 from peer.errors import MalformedMessage
 from peer.manifest import RunManifest
 from peer.messages import Call, CallLimits, ExpertOutcome, GroupReply, Mode, Outcome, ReplyLimits

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peer.codecs import Codec, DType
+from peer.wire_codecs import Codec, DType
 from peer.errors import MalformedMessage
 from peer.tensors import (
     Role,

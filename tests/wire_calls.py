@@ -6,7 +6,7 @@ import torch
 
 from experts.uid import RunId
 from peer.call_stream import write_call
-from peer.codecs import Codec
+from peer.wire_codecs import Codec
 from peer.messages import Call, CallLimits, ExpertOutcome, ExpertRows, GroupReply, Mode, Outcome
 from peer.tensors import Role, encode
 from protos import swarm_pb2 as pb

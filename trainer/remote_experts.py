@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from experts.uid import ExpertUid, RunId
-from peer.codecs import Codec
 from peer.directory import Directory
 from peer.event_loop import EventLoopThread
 from peer.manifest import WireSettings
@@ -31,6 +30,8 @@ from peer.messages import (
 )
 from peer.tensors import Role, WireTensor, all_finite, decode, encode
 from peer.transport import Endpoint, Method, Transport
+from peer.wire_codecs import Codec
+from trainer.absences import Absences
 from trainer.caller import KEEPS_THE_PEER, CallResult, send_call
 from trainer.ledger import BackwardOutcome, LossReason
 from trainer.packing import PeerGroup, group_by_destination
@@ -79,6 +80,7 @@ class RemoteExperts:
         self.forward_codec = Codec.named(wire.forward_codec)
         self.backward_codec = Codec.named(wire.backward_codec)
         self.call_timeout_s = wire.call_timeout_s
+        self.absences = Absences()
         self._transport = transport
         self._directory = directory
         self._loop = loop
@@ -113,6 +115,7 @@ class RemoteExperts:
         for outgoing, result in zip(calls, results, strict=True):
             if result.failure is not None and result.failure not in KEEPS_THE_PEER:
                 scope.suspect(outgoing.endpoint.peer_id)
+                self.absences.failed(outgoing.endpoint.peer_id, self._directory.snapshot())
             if scope.train:
                 scope.ledger.moved(bytes_up=result.bytes_up, bytes_down=result.bytes_down)
         return results

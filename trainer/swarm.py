@@ -17,8 +17,9 @@ from peer.held import Held
 from peer.identity import Identity
 from peer.manifest import RunManifest
 from peer.membership import Membership, membership
-from peer.snapshot import DirectorySnapshot
+from peer.snapshot import DirectorySnapshot, Replica
 from peer.supervisor import DhtSupervisor
+from trainer.absences import Absences
 from trainer.moe import MoELayer
 from trainer.remote_experts import RemoteExperts
 from trainer.routing.presets import build_router
@@ -54,7 +55,7 @@ class Swarm:
 
     def view(self, layer: int) -> View:
         """Which experts of a layer can be called now, and how much each wants. Never blocks."""
-        return view_of(self.snapshot(), layer, self.manifest.experts_per_layer)
+        return view_of(self.snapshot(), layer, self.manifest.experts_per_layer, self.experts.absences)
 
     def wait_until(self, predicate: Callable[[DirectorySnapshot], bool], *, timeout_s: float) -> bool:
         """Block until the directory shows it; False when it did not in time."""
@@ -132,9 +133,14 @@ def router_for(manifest: RunManifest, layer: int, *, preset: str | None = None) 
     )
 
 
-def view_of(snapshot: DirectorySnapshot, layer: int, num_experts: int) -> View:
-    """What the directory says of one layer, as routers read it. An expert is alive when its primary takes calls."""
-    primaries = [snapshot.primary(ExpertUid(layer, index)) for index in range(num_experts)]
+def view_of(snapshot: DirectorySnapshot, layer: int, num_experts: int, absences: Absences) -> View:
+    """One layer as routers read it. An expert is alive when somebody takes calls for it whom we have not missed since."""
+
+    def first_present(uid: ExpertUid) -> Replica | None:
+        present = (replica for replica in snapshot.replicas(uid) if not absences.is_absent(replica, snapshot))
+        return next(present, None)
+
+    primaries = [first_present(ExpertUid(layer, index)) for index in range(num_experts)]
     return View.of(
         layer,
         [primary is not None for primary in primaries],
