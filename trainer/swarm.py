@@ -134,7 +134,7 @@ def router_for(manifest: RunManifest, layer: int, *, preset: str | None = None) 
 
 
 def view_of(snapshot: DirectorySnapshot, layer: int, num_experts: int, absences: Absences) -> View:
-    """One layer as routers read it. An expert is alive when somebody takes calls for it whom we have not missed since."""
+    """One layer as routers read it. An expert is alive when somebody whom we have not missed takes calls for it."""
 
     def first_present(uid: ExpertUid) -> Replica | None:
         present = (replica for replica in snapshot.replicas(uid) if not absences.is_absent(replica, snapshot))
