@@ -93,7 +93,7 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         await announcer.take_place()
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(announcer.run()), tasks.create_task(_save_regularly(host))]
-            log.info("peer.online", address=place.endpoint.address, experts=len(announcer.claimed), device=device)
+            log.info("peer.online", address=place.endpoint.address, experts=len(announcer.claimed), device=str(device))
             yield f"{place.endpoint.address}/{identity.peer_id}"
             for task in running:
                 task.cancel()

@@ -82,7 +82,7 @@ def _train(settings: TrainSettings, swarm: Swarm, voice: "_Voice", stop: StopReq
             progress=progress,
             surroundings=Surroundings(
                 is_stopped=lambda: stop.is_requested,
-                experts_alive=lambda: len(manifest.uids()) - len(swarm.snapshot().uncovered(manifest.uids())),
+                experts_alive=swarm.experts_alive,
                 wait_for_experts=lambda timeout_s: swarm.wait_for_experts(timeout_s=timeout_s),
                 tell=voice.tell,
             ),

@@ -57,6 +57,10 @@ class Swarm:
         """Which experts of a layer can be called now, and how much each wants. Never blocks."""
         return view_of(self.snapshot(), layer, self.manifest.experts_per_layer, self.experts.absences)
 
+    def experts_alive(self) -> int:
+        """Experts of the run that can be called now."""
+        return sum(self.view(layer).num_live for layer in range(self.manifest.moe_layers))
+
     def wait_until(self, predicate: Callable[[DirectorySnapshot], bool], *, timeout_s: float) -> bool:
         """Block until the directory shows it; False when it did not in time."""
         waiting = self.member.directory.wait_until(predicate, timeout_s)
