@@ -67,6 +67,11 @@ class ExpertCompute:
             max_reply_bytes=memory.reply_bytes, lifetime_s=max(REPLY_LIFETIME_S, memory.kept_lifetime_s)
         )
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that waits for backwards."""
+        return self._kept.size_bytes
+
     def answer(self, request: Request, *, now_s: float) -> GroupReply:
         """Run one call. Raises CallRefused when its tensors are not what a correct caller sends."""
         try:
@@ -77,18 +82,30 @@ class ExpertCompute:
             raise CallRefused(Refusal.INVALID, str(error)) from None
 
     def _forward(self, key: CallKey, call: Call, now_s: float) -> GroupReply:
-        outcomes = {uid: Outcome.OK if self._hosts(uid) else Outcome.UNKNOWN_EXPERT for uid in _uids(call)}
-        rows = self._rows(call).only({uid for uid in outcomes if self._hosts(uid)})
-        if not rows.uids:
+        hosted = self._rows(call).only({uid for uid in _uids(call) if self._hosts(uid)})
+        rows, run = self._run_finite(hosted, keep_graph=call.is_training)
+        outcomes = (
+            dict.fromkeys(_uids(call), Outcome.UNKNOWN_EXPERT)
+            | dict.fromkeys(hosted.uids, Outcome.NON_FINITE)
+            | dict.fromkeys(rows.uids, Outcome.OK)
+        )
+        if run is None:
             return self._reply(call, outcomes, None)
-        run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=call.is_training)
-        if not all_finite(run.out_ND):
-            return self._reply(call, outcomes | dict.fromkeys(rows.uids, Outcome.NON_FINITE), None)
         if call.is_training:
-            size_bytes = rows.x_ND.nbytes + run.graph_bytes
+            size_bytes = rows.x_ND.nbytes + run.out_ND.nbytes + run.graph_bytes
             self._kept.keep(key, _KeptCall(rows, run), size_bytes=size_bytes, now_s=now_s)
             self.rows_served.update(dict(zip(rows.uids, rows.counts, strict=True)))
         return self._reply(call, outcomes, encode(run.out_ND, Role.OUTPUTS, call.reply_codec))
+
+    def _run_finite(self, rows: PairRows, *, keep_graph: bool) -> tuple[PairRows, Pass | None]:
+        """Outputs of the experts whose outputs are finite; one that is not takes no other with it."""
+        while rows.uids:
+            run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=keep_graph)
+            finite = _finite_experts(run)
+            if len(finite) == len(rows.uids):
+                return rows, run
+            rows = rows.only(finite)
+        return rows, None
 
     def _backward(self, key: CallKey, call: Call, now_s: float) -> GroupReply:
         if self._applied.was_applied(key):
@@ -162,6 +179,13 @@ class ExpertCompute:
 
 def _uids(call: Call) -> tuple[ExpertUid, ...]:
     return tuple(ExpertUid(call.layer, expert.index) for expert in call.experts)
+
+
+def _finite_experts(run: Pass) -> list[ExpertUid]:
+    if all_finite(run.out_ND):
+        return list(run.uids)
+    outputs = run.out_ND.split(list(run.counts))
+    return [uid for uid, out_ND in zip(run.uids, outputs, strict=True) if all_finite(out_ND)]
 
 
 def _check_same_pairs(call: Call, rows: PairRows) -> None:
