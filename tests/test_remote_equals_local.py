@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import pytest
-import torch
 from torch import Tensor
 
 from experts.settings import ExpertOptimizerSettings
