@@ -4,17 +4,16 @@ import json
 from pathlib import Path
 
 import structlog
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from experts.atomic_files import write_atomically
 from peer.bootstrap import JoinAddress, parse_join
-from peer.errors import BadConfiguration, ManifestMismatch
 from peer.manifest import RunManifest
+from peer.run_folder import keep_run
 from peer.transport import PeerId
 
 log = structlog.get_logger(__name__)
 
-RUN_FILE = "run.json"
 MEMBERS_FILE = "members.json"
 
 _JOINS = TypeAdapter(tuple[str, ...])
@@ -26,20 +25,8 @@ def own_run(folder: Path, manifest: RunManifest, *, owner: PeerId) -> RunManifes
     Raises ManifestMismatch when the folder holds another run, BadConfiguration when what it holds is no run.
     """
     ours = manifest.model_copy(update={"owner": owner})
-    path = folder / RUN_FILE
-    if not path.exists():
-        write_atomically(path, ours.canonical_json())
-        return ours
-    try:
-        kept = RunManifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise BadConfiguration(f"{path} is no run of this version; move it away to start a new run") from error
-    if differences := ours.differences(kept):
-        raise ManifestMismatch(
-            f"{folder} holds the run {kept.name} ({kept.run_id}), which is another one: {'; '.join(differences)} "
-            "(theirs: the folder's). Start that run, or give another --state-dir"
-        )
-    return kept
+    keep_run(folder, ours)
+    return ours
 
 
 def remember_members(folder: Path, joins: tuple[str, ...]) -> None:

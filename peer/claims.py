@@ -73,19 +73,3 @@ def settle(own: Mapping[ExpertUid, Claim], coverage: Coverage, *, wanted_replica
             ahead_s = claim.claimed_at_unix_s - first.claimed_at_unix_s
             dropped.append(Dropped(uid, f"{first.peer_id[:8]} claimed {uid} {ahead_s:.1f} s before us"))
     return dropped
-
-
-def parse_expert_range(text: str) -> list[ExpertUid]:
-    """Read `0.0-0.3,1.2`, in order and without repeats. A range stays in one layer and includes both ends.
-
-    ValueError names the part that is wrong.
-    """
-    uids: dict[ExpertUid, None] = {}
-    for part in text.split(","):
-        first_text, is_range, last_text = part.strip().partition("-")
-        first = ExpertUid.parse(first_text)
-        last = ExpertUid.parse(last_text) if is_range else first
-        if first.layer != last.layer or last.index < first.index:
-            raise ValueError(f"{part.strip()!r} is not a range of experts: one layer, rising, for example 0.0-0.3")
-        uids |= {ExpertUid(first.layer, index): None for index in range(first.index, last.index + 1)}
-    return list(uids)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from experts.uid import ExpertUid
-from peer.claims import Claim, choose, parse_expert_range, settle
+from peer.claims import Claim, choose, settle
 from peer.transport import PeerId
 
 UIDS = [ExpertUid(layer, index) for layer in range(2) for index in range(8)]
@@ -112,13 +112,3 @@ def test_a_dropped_expert_says_who_was_first() -> None:
     (dropped,) = settle({UIDS[0]: claim("b", 100.0)}, covered)
 
     assert dropped.reason == "aaaaaaaa claimed 0.0 2.5 s before us"
-
-
-def test_a_range_of_experts_is_read_in_order_without_repeats() -> None:
-    assert [str(uid) for uid in parse_expert_range("0.0-0.3, 1.2,0.2")] == ["0.0", "0.1", "0.2", "0.3", "1.2"]
-
-
-@pytest.mark.parametrize("text", ["", ",", "0", "0.3-0.1", "0.0-1.3", "0.0-", "-0.1", "0.0--0.2", "a.b", "0.0-0.1-0.2"])
-def test_what_is_no_range_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"LAYER\.INDEX|0\.0-0\.3"):
-        parse_expert_range(text)

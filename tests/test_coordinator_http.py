@@ -12,13 +12,14 @@ import httpx
 import pytest
 
 from coordinator.coordinator import RUN_LIFETIME_S, STALE_AFTER_S, Coordinator, Opened, coordinating
-from coordinator.run_folder import MEMBERS_FILE, RUN_FILE, own_run, remember_members, remembered_members
+from coordinator.run_folder import MEMBERS_FILE, own_run, remember_members, remembered_members
 from peer.bootstrap import JoinAddress, introduce, parse_join, sign_manifest, verify_manifest
 from peer.errors import BadConfiguration, CouldNotListen, ManifestMismatch, RequestRejected
 from peer.identity import Identity
 from peer.memory_store import MemoryBoard, MemoryStore
 from peer.memory_transport import MemoryNetwork
 from peer.records import RECORD_LIFETIME_S, PeerRecord
+from peer.run_folder import RUN_FILE
 from peer.transport import Endpoint, Method
 from protos.swarm_pb2 import InfoRequest
 from tests.swarm_scenes import SIX_EXPERTS, peer
