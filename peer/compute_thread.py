@@ -7,6 +7,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import structlog
@@ -69,14 +70,14 @@ class ComputeThread(Generic[W, R]):
 
     def _main(self) -> None:
         while (batch := self._next_batch()) is not None:
-            requests = [work for work, future in batch if not future.cancelled()]
-            futures = [future for _, future in batch if not future.cancelled()]
+            # Looked at once: a caller may give up at any moment, also between two looks.
+            wanted = [(work, future) for work, future in batch if not future.cancelled()]
             try:
-                results = self._run_batch(requests)
+                results = self._run_batch([work for work, _ in wanted])
             except Exception as error:  # the top of a compute thread: one bad batch must not end the peer
-                log.exception("compute.failed", requests=len(requests))
-                results = [error] * len(requests)
-            for future, result in zip(futures, results, strict=True):
+                log.exception("compute.failed", requests=len(wanted))
+                results = [error] * len(wanted)
+            for (_, future), result in zip(wanted, results, strict=True):
                 _deliver(future, result)
         for _, future in self._drain():
             _deliver(future, ComputeThreadStopped())
@@ -108,6 +109,5 @@ def _deliver(future: "asyncio.Future[R]", result: R | Exception) -> None:
         else:
             future.set_result(result)
 
-    loop = future.get_loop()
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(settle)
+    with suppress(RuntimeError):  # the loop is closed, and with it went everybody who waited
+        future.get_loop().call_soon_threadsafe(settle)

@@ -91,3 +91,21 @@ async def test_a_caller_that_gives_up_leaves_the_others_alone(thread: ComputeThr
     assert await thread.submit(2, num_tokens=1) == 4
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_caller_that_gives_up_while_the_batch_is_put_together_does_not_shift_the_others(
+    thread: ComputeThread[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GivesUpAtTheSecondLook(asyncio.Future[int]):
+        looks = 0
+
+        def cancelled(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "create_future", lambda: GivesUpAtTheSecondLook(loop=loop))
+
+    first, second = await asyncio.gather(*(thread.submit(number, num_tokens=1) for number in (1, 2)))
+
+    assert (first, second) == (2, 4)
