@@ -252,10 +252,10 @@ def test_another_run_on_a_folder_is_refused_naming_the_fields(tmp_path: Path) ->
     owner = Identity.generate().peer_id
     own_run(tmp_path, SIX_EXPERTS, owner=owner)
 
-    with pytest.raises(ManifestMismatch, match=r"seed: ours 7, theirs 0") as raised:
+    with pytest.raises(ManifestMismatch, match=r"seed: ours 0, theirs 7") as raised:
         own_run(tmp_path, SIX_EXPERTS.model_copy(update={"seed": 7}), owner=owner)
 
-    assert "--state-dir" in str(raised.value)
+    assert "another folder" in str(raised.value)
     assert "experts_per_layer" not in str(raised.value)
 
 
