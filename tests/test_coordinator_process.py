@@ -112,7 +112,7 @@ def test_killed_and_started_again_it_is_the_same_owner_in_the_same_swarm(daemons
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
-        (("--preset", "demo"), 7, "experts_per_layer: ours 8, theirs 4"),
+        (("--preset", "demo"), 7, "experts_per_layer: ours 4, theirs 8"),
         (("--preset", "tiny"), 3, "is held by process"),
     ],
 )

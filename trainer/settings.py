@@ -20,7 +20,7 @@ class TrainSettings(LocalModel):
     data_shard: Annotated[int | None, Field(ge=0, lt=1 << 32, title="N")] = None
     """Which trainer this is to the data order; none: told from its identity, so that no two draw the same windows."""
     device: Device = "auto"
-    """What the trunk runs on; auto takes cuda, then mps, then cpu."""
+    """What the trunk runs on: the CPU, for now (cuda and mps are not built yet). Experts run where their peers are."""
     checkpoint_dir: Folder = STATE_HOME / "trainer"
     """Identity, checkpoints and metrics.jsonl."""
     resume: bool = False
