@@ -11,7 +11,7 @@ from peer.answering import CallerGone, Failure, answer_call, answer_info, contex
 from peer.certificates import Certificate
 from peer.credentials import METADATA_KEY, CredentialChecker
 from peer.errors import CouldNotListen
-from peer.grpc_status import SERVICE, SHARED_OPTIONS, STATUS_OF_REFUSAL, grpc, words_of
+from peer.grpc_status import SERVICE, SHARED_OPTIONS, STATUS_OF_REFUSAL, grpc, name_of
 from peer.transport import CallRefused, Method, PeerId, Refusal, Servicer
 from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
 
@@ -80,11 +80,7 @@ class GrpcServer:
         await self._answer(Method.BACKWARD, data, context)
 
     async def _answer(self, method: Method, data: AsyncIterator[bytes], context: Any) -> None:
-        has_begun = False
-
         async def send(reply: ReplyFrame) -> None:
-            nonlocal has_begun
-            has_begun = True
             try:
                 await context.write(reply.SerializeToString())
             except grpc.aio.BaseError:
@@ -97,8 +93,6 @@ class GrpcServer:
         else:
             call_context = context_of(caller, timeout_s=context.time_remaining())
             ending = await answer_call(self._servicer, method, _decode(data), call_context, send)
-        if isinstance(ending, CallRefused) and not has_begun:
-            await context.send_initial_metadata(words_of(ending))
         if ending is not None:
             await _abort(context, ending)
 
@@ -118,6 +112,6 @@ def _credential(context: Any) -> bytes | None:
 async def _abort(context: Any, ending: CallRefused | Failure) -> Any:
     """Ends the call with a status; gRPC does it by raising."""
     if isinstance(ending, CallRefused):
-        await context.abort(STATUS_OF_REFUSAL[ending.refusal], str(ending), words_of(ending))
+        await context.abort(STATUS_OF_REFUSAL[ending.refusal], str(ending), name_of(ending))
     is_late = ending is Failure.DEADLINE
     await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.INTERNAL, str(ending))

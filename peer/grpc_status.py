@@ -1,22 +1,23 @@
 """gRPC's words for ours, and the settings both ends of a connection share.
 
-A refusal travels as a status, for tools that read statuses, and in words of its own in the metadata, because gRPC makes
-some of the same statuses itself: a status without them was not said by a peer's servicer. They travel first as well as
-last, because grpc.aio forgets the status of a call that ends while its caller is still writing (grpc/grpc#36066), and a
-call too large for a peer always does.
+A refusal travels as a status, for tools that read statuses, and by its own name in the trailing metadata, because gRPC
+makes some of the same statuses itself: a status without a name was not said by a peer's servicer.
 """
 
 import asyncio
 import os
-from contextlib import suppress
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 # We fork nothing; without this every fork of a library prints that gRPC skips its fork handlers. Read at import.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # What the C core has to say about connections is in the errors; its own lines on stderr are no log of ours.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# The Python API cannot ask for TLS 1.3 alone. This list is TLS 1.2's only, and our certificates, being ECDSA, cannot
+# serve its one suite: 1.3 is what remains.
+os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"
 
-import grpc
+import grpc as grpc  # whoever takes it from here gets it with these settings
 from grpc import StatusCode
 
 from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable, RemoteError
@@ -24,10 +25,14 @@ from peer.refusals import ERROR_OF_REFUSAL
 from peer.transport import CHUNK_BYTES, CallRefused, PeerId, Refusal
 from protos.swarm_pb2 import DESCRIPTOR
 
+T = TypeVar("T")
+
 SERVICE = DESCRIPTOR.services_by_name["Expert"].full_name
 _REFUSAL_KEY = "swarmoe-refusal"
-_SENTENCE_KEY = "swarmoe-refusal-sentence-bin"
-_FORGOTTEN_STATUS_S = 0.2
+_FORGOTTEN = "Internal error from Core"
+"""What grpc.aio makes of a status that it forgets."""
+_LATE_STATUS_DELAYS_S = (0, 0.001, 0.01, 0.1, 0.3)
+"""When to look for the real one, of which grpc.aio tells nobody when it comes second."""
 
 STATUS_OF_REFUSAL: dict[Refusal, StatusCode] = {
     Refusal.INVALID: StatusCode.INVALID_ARGUMENT,
@@ -69,24 +74,46 @@ SHARED_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def words_of(refusal: CallRefused) -> tuple[tuple[str, str | bytes], ...]:
-    """A refusal as metadata."""
-    return (_REFUSAL_KEY, refusal.refusal.value), (_SENTENCE_KEY, str(refusal).encode())
+def name_of(refusal: CallRefused) -> tuple[tuple[str, str], ...]:
+    """A refusal's trailing metadata."""
+    return ((_REFUSAL_KEY, refusal.refusal.value),)
 
 
-async def error_of(error: grpc.aio.AioRpcError, call: Any, *, peer_id: PeerId, method: str) -> RemoteError:
-    """The one translation of what gRPC raises at a caller. `call` is the call it was raised by."""
-    refusal = _refusal_in(error.trailing_metadata())
-    if refusal is None and error.code() is StatusCode.INTERNAL:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_FORGOTTEN_STATUS_S):
-                refusal = _refusal_in(await call.initial_metadata())
-    if refusal is not None:
-        return ERROR_OF_REFUSAL[refusal.refusal](str(refusal), peer_id=peer_id, method=method)
-    return ERROR_OF_STATUS[error.code()](error.details() or error.code().name.lower(), peer_id=peer_id, method=method)
+class StatusWitness:
+    """Remembers how a call ended and translates it: the one translation of what gRPC raises at a caller.
+
+    grpc.aio forgets: when a call ends while its caller is still writing, the failed write puts an INTERNAL of its own
+    in the place of the status that came or is about to come (grpc/grpc#36066). A call that is refused for its size
+    always ends like that. So this looks at every status at the moment it is set.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._ending: tuple[StatusCode, str, Any] | None = None
+        call.add_done_callback(self._look)
+
+    async def error(self, *, peer_id: PeerId, method: str) -> RemoteError:
+        """What to raise now that the call has failed."""
+        for delay_s in _LATE_STATUS_DELAYS_S:
+            if self._ending is not None:
+                break
+            await asyncio.sleep(delay_s)
+            self._look(self._call)
+        code, details, metadata = self._ending or (StatusCode.UNAVAILABLE, "the connection broke", None)
+        name = dict(metadata or ()).get(_REFUSAL_KEY)
+        kind = ERROR_OF_REFUSAL[Refusal(name)] if name in list(Refusal) else ERROR_OF_STATUS[code]
+        return kind(details or code.name.lower(), peer_id=peer_id, method=method)
+
+    def _look(self, call: Any) -> None:
+        ending = _at_once(call.code()), _at_once(call.details()), _at_once(call.trailing_metadata())
+        if ending[:2] != (StatusCode.INTERNAL, _FORGOTTEN):
+            self._ending = ending
 
 
-def _refusal_in(metadata: Any) -> CallRefused | None:
-    words = dict(metadata or ())
-    name, sentence = words.get(_REFUSAL_KEY), words.get(_SENTENCE_KEY, b"")
-    return CallRefused(Refusal(name), sentence.decode(errors="replace")) if name in list(Refusal) else None
+def _at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that has nothing to wait for, as a finished call's have not."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a finished call made us wait")

@@ -17,7 +17,7 @@ from peer.certificates import SERVER_NAME, Certificate, pem_of
 from peer.credentials import METADATA_KEY, CredentialIssuer
 from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable
 from peer.grpc_server import GrpcServer
-from peer.grpc_status import SERVICE, SHARED_OPTIONS, error_of, grpc
+from peer.grpc_status import SERVICE, SHARED_OPTIONS, StatusWitness, grpc
 from peer.identity import Identity
 from peer.transport import Endpoint, Method, PeerId, Servicer
 from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
@@ -76,18 +76,21 @@ class GrpcTransport:
         self, endpoint: Endpoint, method: Method, frames: AsyncIterable[CallFrame], *, timeout_s: float
     ) -> AsyncGenerator[ReplyFrame]:
         """See `Transport`."""
+        if timeout_s <= 0:
+            raise DeadlineExceeded("no time left", peer_id=endpoint.peer_id, method=method.value)
         credential = self._issuer.credential(endpoint, now_unix_s=time.time())
         connection = self._connect(endpoint)
         connection.num_calls += 1
         rpc = connection.channel.stream_stream(f"/{SERVICE}/{method.value}")(
-            timeout=max(timeout_s, 0), metadata=((METADATA_KEY, credential),)
+            timeout=timeout_s, metadata=((METADATA_KEY, credential),)
         )
+        witness = StatusWitness(rpc)
         sender = asyncio.create_task(_send(rpc, frames))  # ours: ended and awaited below
         try:
             async for data in rpc:
                 yield ReplyFrame.FromString(data)
-        except grpc.aio.AioRpcError as error:
-            failure = await error_of(error, rpc, peer_id=endpoint.peer_id, method=method.value)
+        except grpc.aio.AioRpcError:
+            failure = await witness.error(peer_id=endpoint.peer_id, method=method.value)
             if isinstance(failure, PeerUnreachable):
                 self._retire(endpoint, connection)  # the next call dials afresh instead of waiting out a back-off
             raise failure from None
@@ -145,10 +148,11 @@ def _dial(address: str, certificate_der: bytes) -> Any:
 async def _ask(address: str, request: InfoRequest, certificate_der: bytes) -> InfoReply:
     async with _dial(address, certificate_der) as channel:
         call = channel.unary_unary(f"/{SERVICE}/Info")(request.SerializeToString())
+        witness = StatusWitness(call)
         try:
             return InfoReply.FromString(await call)
-        except grpc.aio.AioRpcError as error:
-            raise await error_of(error, call, peer_id=PeerId(address), method="Info") from None
+        except grpc.aio.AioRpcError:
+            raise await witness.error(peer_id=PeerId(address), method="Info") from None
         except DecodeError:
             raise MalformedReply("the answer does not decode", peer_id=address, method="Info") from None
 
@@ -158,7 +162,7 @@ async def _send(rpc: Any, frames: AsyncIterable[CallFrame]) -> None:
         async for frame in frames:
             await rpc.write(frame.SerializeToString())
         await rpc.done_writing()
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+    except (grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):
         return  # the call is over; its reader learns why
     except Exception:
         rpc.cancel()
