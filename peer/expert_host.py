@@ -4,9 +4,11 @@ Knows neither the DHT nor gRPC. Belongs to the event loop; its compute thread do
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import structlog
 import torch
@@ -22,6 +24,8 @@ from peer.messages import Call, GroupReply
 from peer.transport import CallRefused, Method, PeerId
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 _KEPT_SHARE = 0.25
 """Of the memory that is free at start, for kept inputs; a sixteenth of it for kept replies."""
@@ -69,8 +73,10 @@ class ExpertHost:
             self._run_batch, max_tokens=_MAX_BATCH_TOKENS
         )
         self._statuses: tuple[ExpertStatus, ...] = ()
-        self._busy_since_s = time.monotonic()
-        self._tokens_done = 0
+        self._saving = threading.Lock()
+        self._rows_done = 0
+        """Written by the compute thread alone."""
+        self._rows_seen, self._seen_at_s = 0, time.monotonic()
 
     def start(self) -> None:
         self._thread.start()
@@ -90,9 +96,9 @@ class ExpertHost:
 
     def take_throughput(self) -> float:
         """Rows per second answered since this was last asked."""
-        now_s = time.monotonic()
-        rows_per_s = self._tokens_done / max(now_s - self._busy_since_s, 1e-9)
-        self._busy_since_s, self._tokens_done = now_s, 0
+        now_s, rows_done = time.monotonic(), self._rows_done
+        rows_per_s = (rows_done - self._rows_seen) / max(now_s - self._seen_at_s, 1e-9)
+        self._rows_seen, self._seen_at_s = rows_done, now_s
         return rows_per_s
 
     async def answer(self, method: Method, caller: PeerId, call: Call) -> GroupReply:
@@ -115,38 +121,47 @@ class ExpertHost:
         for uid in uids:
             log.info("expert.restored" if uid in saved else "expert.fresh", uid=str(uid))
 
-    async def drop(self, uid: ExpertUid) -> None:
-        """Stop hosting an expert; its state is gone unless a snapshot holds it."""
-        await self._control(lambda: self._compute.bank.remove(uid))
+    async def drop(self, uid: ExpertUid) -> ExpertState:
+        """Stop hosting an expert; what it was is the caller's now."""
+
+        def take_out() -> ExpertState:
+            state = self._compute.bank.state(uid)
+            self._compute.bank.remove(uid)
+            return state
+
+        return await self._control(take_out)
 
     async def save_snapshot(self) -> int:
         """Write the experts' state to the folder; returns how many. Raises OSError (disk full, read-only)."""
         if self._snapshots is None:
             return 0
-        states: dict[ExpertUid, ExpertState] = {}
-
-        def copy_states() -> None:
-            states.update({uid: self._compute.bank.state(uid) for uid in self._compute.bank.uids})
-
-        await self._control(copy_states)
+        bank = self._compute.bank
+        states = await self._control(lambda: {uid: bank.state(uid) for uid in bank.uids})
         if states:
-            await asyncio.to_thread(self._snapshots.save, states, self._manifest.run_id)
+            await asyncio.to_thread(self._write, self._snapshots, states)
         return len(states)
 
-    async def _control(self, action: Callable[[], object]) -> None:
-        await self._thread.submit(_Control(action), num_tokens=0)
+    def _write(self, folder: SnapshotFolder, states: Mapping[ExpertUid, ExpertState]) -> None:
+        # Whoever gives up waiting for a save does not end it, and a folder has one writer at a time.
+        with self._saving:
+            folder.save(states, self._manifest.run_id)
+
+    async def _control(self, action: Callable[[], T]) -> T:
+        return cast("T", await self._thread.submit(_Control(action), num_tokens=0))
 
     def _run_batch(self, works: Sequence[Request | _Control]) -> list[object | Exception]:
         results = [self._run(work) for work in works]
-        self._tokens_done += sum(work.call.num_pairs for work in works if isinstance(work, Request))
+        self._rows_done += sum(work.call.num_pairs for work in works if isinstance(work, Request))
         bank, served = self._compute.bank, self._compute.rows_served
         self._statuses = tuple(ExpertStatus(uid, bank.version(uid), served[uid]) for uid in bank.uids)
         return results
 
     def _run(self, work: Request | _Control) -> object | Exception:
-        if isinstance(work, _Control):
-            return work.action()
         try:
+            if isinstance(work, _Control):
+                return work.action()
             return self._compute.answer(work, now_s=time.monotonic())
         except CallRefused as refusal:
             return refusal
+        except Exception as error:  # the top of the compute thread for one call: others of its batch have taken steps
+            return error  # raised, and logged, where it is awaited
