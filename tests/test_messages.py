@@ -10,13 +10,13 @@ from google.protobuf.message import DecodeError
 
 from experts.settings import ExpertShape
 from peer.call_stream import read_call
-from peer.wire_codecs import Codec
 from peer.errors import MalformedMessage
 from peer.manifest import RunManifest
 from peer.messages import Call, CallLimits, ExpertOutcome, GroupReply, Mode, Outcome, ReplyLimits
 from peer.reply_stream import read_reply, write_group, write_reply
 from peer.tensors import Role, decode, decode_row_index, encode
 from peer.transport import CHUNK_BYTES, CallRefused, Method, Refusal
+from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
 from tests.wire_calls import (
     LIMITS,

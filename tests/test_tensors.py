@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from peer.wire_codecs import Codec, DType
 from peer.errors import MalformedMessage
 from peer.tensors import (
     Role,
@@ -19,6 +18,7 @@ from peer.tensors import (
     encode,
     header_of,
 )
+from peer.wire_codecs import Codec, DType
 from protos import swarm_pb2 as pb
 
 BOTH = frozenset(Codec)

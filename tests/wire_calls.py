@@ -6,9 +6,9 @@ import torch
 
 from experts.uid import RunId
 from peer.call_stream import write_call
-from peer.wire_codecs import Codec
 from peer.messages import Call, CallLimits, ExpertOutcome, ExpertRows, GroupReply, Mode, Outcome
 from peer.tensors import Role, encode
+from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
 
 RUN = RunId("0123456789abcdef")
