@@ -4,7 +4,8 @@ Lower-layer errors become loss reasons in one table; nothing here raises for a p
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import structlog
@@ -90,16 +91,24 @@ async def send_call(
         return CallResult((), LossReason.TIMEOUT, 0, 0)
     sizes = _Sizes()
     groups: list[GroupReply] = []
-    frames = transport.call(endpoint, method, sizes.count_up(write_call(call)), timeout_s=timeout_s)
+    sent = sizes.count_up(write_call(call))
     try:
-        async with asyncio.timeout(timeout_s):
-            async for group in read_reply(sizes.count_down(frames), limits):
+        async with (
+            asyncio.timeout(timeout_s),
+            aclosing(transport.call(endpoint, method, sent, timeout_s=timeout_s)) as frames,
+            aclosing(sizes.count_down(frames)) as counted,
+        ):
+            async for group in read_reply(counted, limits):
                 groups.append(group)
     except (RemoteError, MalformedMessage, TimeoutError) as error:
-        failure = REASON_OF_ERROR[type(error)]
+        failure = _reason_of(error)
         log.warning("call.lost", peer=endpoint.peer_id[:8], method=method, reason=failure, detail=str(error))
         return CallResult(tuple(groups), failure, sizes.up, sizes.down)
     return CallResult(tuple(groups), None, sizes.up, sizes.down)
+
+
+def _reason_of(error: Exception) -> LossReason:
+    return next(reason for kind, reason in REASON_OF_ERROR.items() if isinstance(error, kind))
 
 
 class _Sizes:
@@ -114,7 +123,7 @@ class _Sizes:
             self.up += frame.ByteSize()
             yield frame
 
-    async def count_down(self, frames: AsyncIterator[ReplyFrame]) -> AsyncIterator[ReplyFrame]:
+    async def count_down(self, frames: AsyncIterator[ReplyFrame]) -> AsyncGenerator[ReplyFrame]:
         async for frame in frames:
             self.down += frame.ByteSize()
             yield frame
