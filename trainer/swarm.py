@@ -15,6 +15,7 @@ from peer.bootstrap import parse_join
 from peer.event_loop import EventLoopThread
 from peer.held import Held
 from peer.identity import Identity
+from peer.library_logging import log_like_a_library
 from peer.manifest import RunManifest
 from peer.membership import Membership, membership
 from peer.snapshot import DirectorySnapshot, Replica
@@ -90,6 +91,7 @@ def join(*addresses: str, timeout_s: float = 30.0) -> Swarm:
 
     Blocks. Raises ValueError for what is no address, CouldNotJoin, ManifestMismatch. Close it, or use it as a context.
     """
+    log_like_a_library()
     joins = [parse_join(address) for address in addresses]
     supervisor = DhtSupervisor.spawn()
     loop = EventLoopThread().start()
