@@ -6,7 +6,7 @@ Knows neither tensors nor experts: what to do with a batch is its owner's `run_b
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -25,11 +25,14 @@ class ComputeThreadStopped(Exception):
 
 
 class ComputeThread(Generic[W, R]):
-    """Runs batches in the order their requests came. Started and closed by the thread that owns the peer."""
+    """Runs batches in the order their requests came. Started and closed by the thread that owns the peer.
+
+    `run_batch` gives one result per work, in order; each goes to its caller as soon as it is there.
+    """
 
     def __init__(
         self,
-        run_batch: Callable[[Sequence[W]], Sequence[R | Exception]],
+        run_batch: Callable[[Sequence[W]], Iterable[R | Exception]],
         *,
         max_tokens: int,
         max_wait_s: float = 0.0,
@@ -72,13 +75,16 @@ class ComputeThread(Generic[W, R]):
         while (batch := self._next_batch()) is not None:
             # Looked at once: a caller may give up at any moment, also between two looks.
             wanted = [(work, future) for work, future in batch if not future.cancelled()]
+            unanswered = iter([future for _, future in wanted])
             try:
                 results = self._run_batch([work for work, _ in wanted])
+                for (_, future), result in zip(wanted, results, strict=True):
+                    next(unanswered)
+                    _deliver(future, result)
             except Exception as error:  # the top of a compute thread: one bad batch must not end the peer
                 log.exception("compute.failed", requests=len(wanted))
-                results = [error] * len(wanted)
-            for (_, future), result in zip(wanted, results, strict=True):
-                _deliver(future, result)
+                for future in unanswered:
+                    _deliver(future, error)
         for _, future in self._drain():
             _deliver(future, ComputeThreadStopped())
 

@@ -6,7 +6,7 @@ Knows neither the DHT nor gRPC. Belongs to the event loop; its compute thread do
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -149,12 +149,13 @@ class ExpertHost:
     async def _control(self, action: Callable[[], T]) -> T:
         return cast("T", await self._thread.submit(_Control(action), num_tokens=0))
 
-    def _run_batch(self, works: Sequence[Request | _Control]) -> list[object | Exception]:
-        results = [self._run(work) for work in works]
-        self._rows_done += sum(work.call.num_pairs for work in works if isinstance(work, Request))
+    def _run_batch(self, works: Sequence[Request | _Control]) -> Iterator[object | Exception]:
         bank, served = self._compute.bank, self._compute.rows_served
-        self._statuses = tuple(ExpertStatus(uid, bank.version(uid), served[uid]) for uid in bank.uids)
-        return results
+        for work in works:
+            result = self._run(work)
+            self._rows_done += work.call.num_pairs if isinstance(work, Request) else 0
+            self._statuses = tuple(ExpertStatus(uid, bank.version(uid), served[uid]) for uid in bank.uids)
+            yield result
 
     def _run(self, work: Request | _Control) -> object | Exception:
         try:

@@ -109,3 +109,37 @@ async def test_a_caller_that_gives_up_while_the_batch_is_put_together_does_not_s
     first, second = await asyncio.gather(*(thread.submit(number, num_tokens=1) for number in (1, 2)))
 
     assert (first, second) == (2, 4)
+
+
+async def test_a_result_does_not_wait_for_the_rest_of_its_batch() -> None:
+    first_is_home, batches = threading.Event(), list[list[str]]()
+
+    def run_batch(works: Sequence[str]) -> Iterator[str | Exception]:
+        batches.append(list(works))
+        for work in works:
+            if work == "second":
+                assert first_is_home.wait(5.0), "the first result was kept back"
+            yield work
+
+    thread: ComputeThread[str, str] = ComputeThread(run_batch, max_tokens=100)
+    first, second = (asyncio.ensure_future(thread.submit(work, num_tokens=1)) for work in ("first", "second"))
+    await asyncio.sleep(0)  # one turn of the loop: both are queued before the thread begins
+    thread.start()
+
+    assert await first == "first"
+    first_is_home.set()
+    assert await second == "second"
+    assert batches == [["first", "second"]]
+    assert thread.close(timeout_s=5.0)
+
+
+async def test_callers_left_without_a_result_are_told() -> None:
+    thread: ComputeThread[str, str] = ComputeThread(lambda works: works[:1], max_tokens=100)
+    answered, left = (asyncio.ensure_future(thread.submit(work, num_tokens=1)) for work in ("a", "b"))
+    await asyncio.sleep(0)
+    thread.start()
+
+    assert await answered == "a"
+    with pytest.raises(ValueError, match="shorter"):
+        await left
+    assert thread.close(timeout_s=5.0)
