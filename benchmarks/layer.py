@@ -2,8 +2,9 @@
 
 One `RemoteMoE` layer (D 256, H 1024, 16 experts, k 2, 2048 tokens), forward and backward, with one peer that has one
 compute thread, against the same layer with the same experts in this process with one thread. Both step their experts
-after every backward. Local and remote rounds take turns; the ratio is of their median times, 1 is the limit for one
-call in flight. `--full` takes more rounds.
+after every backward. `ratio_compute` has two batches in flight, as the training loop does by default: the second of
+two must recompute its graph, because the first has stepped its experts. `ratio_one_in_flight` waits for each answer.
+Local and remote blocks take turns; ratios are of median times, and about 1 is the limit. `--full` takes more blocks.
 """
 
 import argparse
@@ -14,11 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from experts.bank import ExpertBank
 from experts.settings import ExpertShape
@@ -31,6 +32,7 @@ from trainer.routing.view import View
 from trainer.swarm import router_for
 
 DIM, HIDDEN, NUM_EXPERTS, NUM_TOKENS = 256, 1024, 16, 2048
+ROUNDS_PER_BLOCK = 6
 
 
 def manifest(codec: str) -> RunManifest:
@@ -54,26 +56,28 @@ def local_layer(run: RunManifest) -> MoELayer:
     return MoELayer(0, router_for(run, 0), LocalExperts(bank), lambda _: view, timeout_s=60.0)
 
 
-def one_round(layer: MoELayer, x_TD: Tensor) -> float:
-    """Seconds for one forward and backward."""
-    started_s = time.perf_counter()
+def one_round(layer: MoELayer) -> None:
+    """One forward and backward."""
+    x_TD = torch.randn(NUM_TOKENS, DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y_TD = layer(x_TD)
     (y_TD.square().mean() + layer.loss).backward()
     assert layer.metrics.pairs_answered == layer.metrics.pairs_sent, "a pair was lost: nothing was measured"
-    return time.perf_counter() - started_s
 
 
-def measure(layers: dict[str, MoELayer], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds per round and layer, in turns, after one warm-up each."""
-    generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(NUM_TOKENS, DIM, generator=generator, requires_grad=True)
-    for layer in layers.values():
-        one_round(layer, x_TD)
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(rounds):
-        for name, layer in layers.items():
-            seconds[name].append(one_round(layer, x_TD))
-    return seconds
+def block_seconds(layer: MoELayer, *, in_flight: int) -> float:
+    """Seconds per round, over a block of rounds."""
+    started_s = time.perf_counter()
+    if in_flight == 1:
+        for _ in range(ROUNDS_PER_BLOCK):
+            one_round(layer)
+    else:
+        with ThreadPoolExecutor(in_flight, initializer=_prepare_thread) as threads:
+            list(threads.map(one_round, [layer] * ROUNDS_PER_BLOCK))
+    return (time.perf_counter() - started_s) / ROUNDS_PER_BLOCK
+
+
+def _prepare_thread() -> None:
+    torch.autograd.set_multithreading_enabled(False)  # thread-local; else backwards share one thread of the device
 
 
 @contextmanager
@@ -100,19 +104,26 @@ def _command(*arguments: str) -> Generator[str]:
         process.wait(timeout=20)
 
 
-def compare(codec: str, *, rounds: int) -> dict[str, float]:
-    """Median milliseconds of both, and their ratio."""
+def compare(codec: str, *, blocks: int) -> dict[str, float]:
+    """Median milliseconds of a round, and the ratios."""
     run = manifest(codec)
     with swarm_of_one(run) as address, join(address) as swarm:
         if not swarm.wait_for_experts(timeout_s=60.0):
             raise RuntimeError("the peer did not come online")
-        seconds = measure({"local": local_layer(run), "remote": RemoteMoE(swarm)}, rounds=rounds)
-    local_s, remote_s = (statistics.median(seconds[name]) for name in ("local", "remote"))
+        local, remote = local_layer(run), RemoteMoE(swarm)
+        ways = {"local": (local, 1), "one_in_flight": (remote, 1), "remote": (remote, 2)}
+        for layer in (local, remote):
+            one_round(layer)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(blocks):
+            for name, (layer, in_flight) in ways.items():
+                seconds[name].append(block_seconds(layer, in_flight=in_flight))
+    median_s = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "ratio_compute": local_s / remote_s,
-        "local_ms": 1e3 * local_s,
-        "remote_ms": 1e3 * remote_s,
-        "tokens_per_s": NUM_TOKENS / remote_s,
+        "ratio_compute": median_s["local"] / median_s["remote"],
+        "ratio_one_in_flight": median_s["local"] / median_s["one_in_flight"],
+        "tokens_per_s": NUM_TOKENS / median_s["remote"],
+        **{f"{name}_ms": 1e3 * value for name, value in median_s.items()},
     }
 
 
@@ -120,13 +131,13 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--full", action="store_true", help="more rounds, and fp32 on the wire too")
+    parser.add_argument("--full", action="store_true", help="more blocks, and fp32 on the wire too")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rounds = 60 if options.full else 20
-    figures = compare("bf16", rounds=rounds)
+    blocks = 12 if options.full else 4
+    figures = compare("bf16", blocks=blocks)
     if options.full:
-        figures |= {f"{name}_fp32": value for name, value in compare("fp32", rounds=rounds).items()}
+        figures |= {f"{name}_fp32": value for name, value in compare("fp32", blocks=blocks).items()}
     if options.json:
         say(json.dumps({name: round(value, 4) for name, value in figures.items()}))
     else:
