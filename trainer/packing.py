@@ -75,7 +75,7 @@ def group_by_destination(plan: Plan, destinations: Mapping[int, P]) -> list[Peer
 
 def _group(plan: Plan, destination: P, experts: list[tuple[int, slice]]) -> PeerGroup[P]:
     pairs_N = torch.cat([torch.arange(pairs.start, pairs.stop) for _, pairs in experts])
-    token_N = plan.token_N[pairs_N]
+    token_N = plan.token_N.to("cpu")[pairs_N]
     rows_U, row_index_N = torch.unique(token_N, return_inverse=True)
     slices = _slices([(slot, pairs.stop - pairs.start) for slot, pairs in experts])
     if rows_U.numel() == token_N.numel():

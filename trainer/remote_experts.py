@@ -5,17 +5,17 @@ gradients of the answered pairs to the peers that answered them; a lost backward
 The training thread encodes and decodes; the event loop only moves bytes.
 """
 
-import asyncio
 import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from experts.uid import ExpertUid, RunId
+from experts.uid import RunId
 from peer.directory import Directory
 from peer.event_loop import EventLoopThread
 from peer.manifest import WireSettings
@@ -32,14 +32,12 @@ from peer.tensors import Role, WireTensor, all_finite, decode, encode
 from peer.transport import Endpoint, Method, Transport
 from peer.wire_codecs import Codec
 from trainer.absences import Absences
-from trainer.caller import KEEPS_THE_PEER, CallResult, send_call
+from trainer.caller import CallResult
 from trainer.ledger import BackwardOutcome, LossReason
 from trainer.packing import PeerGroup, group_by_destination
 from trainer.routing.plan import Plan
-from trainer.scope import MicroBatch, StepScope
-
-_BRIDGE_SLACK_S = 0.5
-"""Calls end by their own deadlines; the training thread waits this much longer for the loop to say so."""
+from trainer.scope import MicroBatch
+from trainer.switchboard import Outgoing, Switchboard
 
 
 class Experts(Protocol):
@@ -61,15 +59,6 @@ class _Answered:
     versions: dict[int, int]
 
 
-@dataclass(frozen=True)
-class _Outgoing:
-    """A call, where it goes and what may come back."""
-
-    endpoint: Endpoint
-    call: Call
-    limits: ReplyLimits
-
-
 class RemoteExperts:
     """A run's experts as one swarm. Called from training threads; blocks until each call's deadline at most."""
 
@@ -80,10 +69,12 @@ class RemoteExperts:
         self.forward_codec = Codec.named(wire.forward_codec)
         self.backward_codec = Codec.named(wire.backward_codec)
         self.call_timeout_s = wire.call_timeout_s
-        self.absences = Absences()
-        self._transport = transport
-        self._directory = directory
-        self._loop = loop
+        self.switchboard = Switchboard(transport, directory, loop, call_timeout_s=wire.call_timeout_s)
+
+    @property
+    def absences(self) -> Absences:
+        """Peers that failed us and have not been heard of since."""
+        return self.switchboard.absences
 
     def run(self, x_TD: Tensor, plan: Plan, layer: int, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """See `Experts.run`."""
@@ -93,49 +84,7 @@ class RemoteExperts:
         exchange = _Exchange(self, plan, layer, micro_batch, mode=Mode.TRAIN if trains else Mode.EVAL)
         out_ND = _RemoteCall.apply(x_TD, exchange)
         assert isinstance(out_ND, Tensor)
-        return out_ND, exchange.ok_N
-
-    def assign(self, plan: Plan, layer: int, scope: StepScope) -> dict[int, Endpoint]:
-        """The replica of each chosen expert: the first that is not suspected in this step."""
-        snapshot = self._directory.snapshot()
-        chosen: dict[int, Endpoint] = {}
-        for slot, _ in plan.groups():
-            endpoints = (replica.endpoint for replica in snapshot.replicas(ExpertUid(layer, slot)))
-            endpoint = next((endpoint for endpoint in endpoints if not scope.is_suspect(endpoint.peer_id)), None)
-            if endpoint is not None:
-                chosen[slot] = endpoint
-        return chosen
-
-    def send(self, method: Method, calls: Sequence[_Outgoing], scope: StepScope) -> list[CallResult]:
-        """Send calls side by side and wait for all of them. Blocks the training thread, not the loop."""
-        if not calls:
-            return []
-        timeout_s = max(0.0, min(self.call_timeout_s, scope.deadline_s - time.monotonic()))
-        results = self._loop.run(self._send_all(method, calls, timeout_s), timeout_s=timeout_s + _BRIDGE_SLACK_S)
-        for outgoing, result in zip(calls, results, strict=True):
-            if result.failure is not None and result.failure not in KEEPS_THE_PEER:
-                scope.suspect(outgoing.endpoint.peer_id)
-                self.absences.failed(outgoing.endpoint.peer_id, self._directory.snapshot())
-            if scope.train:
-                scope.ledger.moved(bytes_up=result.bytes_up, bytes_down=result.bytes_down)
-        return results
-
-    async def _send_all(self, method: Method, calls: Sequence[_Outgoing], timeout_s: float) -> list[CallResult]:
-        async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(
-                    send_call(
-                        self._transport,
-                        outgoing.endpoint,
-                        method,
-                        replace(outgoing.call, timeout_s=timeout_s),
-                        outgoing.limits,
-                        timeout_s=timeout_s,
-                    )
-                )
-                for outgoing in calls
-            ]
-        return [task.result() for task in running]
+        return out_ND, exchange.ok_N.to(x_TD.device)
 
 
 class _Exchange:
@@ -148,19 +97,22 @@ class _Exchange:
         self._scope = micro_batch.scope
         self._loss_tokens = micro_batch.loss_tokens
         self._mode = mode
-        self._answered: list[_Answered] = []
+        self._answered: list[_Answered] | None = []
+        """None once their backwards have been sent."""
         self.ok_N = torch.zeros(plan.num_pairs, dtype=torch.bool)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(N, D) outputs in the plan's order; rows that did not come back are zero and not `ok`."""
         out_ND = x_TD.new_zeros(self._plan.num_pairs, x_TD.shape[1])
-        groups = group_by_destination(self._plan, self._experts.assign(self._plan, self._layer, self._scope))
+        groups = group_by_destination(
+            self._plan, self._experts.switchboard.assign(self._plan, self._layer, self._scope)
+        )
         calls = [self._pack_forward(group, x_TD) for group in groups]
         outgoing = [
-            _Outgoing(group.destination, call, ReplyLimits.of(call, Method.FORWARD, num_rows=group.rows_U.numel()))
+            Outgoing(group.destination, call, ReplyLimits.of(call, Method.FORWARD, num_rows=group.rows_U.numel()))
             for group, call in zip(groups, calls, strict=True)
         ]
-        results = self._experts.send(Method.FORWARD, outgoing, self._scope)
+        results = self._send(Method.FORWARD, outgoing)
         for group, call, result in zip(groups, calls, results, strict=True):
             self._unpack_forward(group, call, result, out_ND)
         if self._mode is Mode.TRAIN:
@@ -193,6 +145,7 @@ class _Exchange:
         if refused:
             self._scope.suspect(group.destination.peer_id)
         if versions and self._mode is Mode.TRAIN:
+            assert self._answered is not None
             self._answered.append(_Answered(group.only(list(versions)), call, versions))
         if self._mode is Mode.TRAIN:
             self._count_forward(group, result, versions, refused)
@@ -222,14 +175,26 @@ class _Exchange:
                 self._scope.ledger.pairs_lost(expert.num_rows, reason)
 
     def backward(self, grad_out_ND: Tensor) -> Tensor:
-        """(T, D) gradient with respect to x; zero for the rows of a lost backward."""
+        """(T, D) gradient with respect to x; zero for the rows of a lost backward.
+
+        RuntimeError after an evaluation, and the second time: it would be zero where autograd expects a gradient.
+        """
+        if self._mode is Mode.EVAL:
+            raise RuntimeError("there is no way back through an evaluation: experts learn in training mode only")
+        if self._answered is None:
+            raise RuntimeError("backward through remote experts works once per forward: they have learnt from it")
+        sent, self._answered = self._answered, None
         grad_x_TD = grad_out_ND.new_zeros(self._plan.num_tokens, grad_out_ND.shape[1])
-        reachable = [a for a in self._answered if not self._scope.is_suspect(a.group.destination.peer_id)]
-        for _ in range(len(self._answered) - len(reachable)):
+        reachable = [answered for answered in sent if not self._is_suspect(answered)]
+        for _ in range(len(sent) - len(reachable)):
             self._scope.ledger.backward(BackwardOutcome.LOST)
         calls = [self._pack_backward(answered, grad_out_ND) for answered in reachable]
         results = self._send_backward(reachable, calls)
-        missed = [i for i, result in enumerate(results) if result.is_all(Outcome.MISSING_INPUTS)]
+        missed = [
+            i
+            for i, result in enumerate(results)
+            if result.is_all(Outcome.MISSING_INPUTS) and not self._is_suspect(reachable[i])
+        ]
         again = self._send_backward(
             [reachable[i] for i in missed], [_with_rows(reachable[i], calls[i]) for i in missed]
         )
@@ -237,7 +202,6 @@ class _Exchange:
             results[i] = result
         for answered, result in zip(reachable, results, strict=True):
             self._scope.ledger.backward(self._unpack_backward(answered, result, grad_x_TD))
-        self._answered.clear()
         return grad_x_TD
 
     def _pack_backward(self, answered: _Answered, grad_out_ND: Tensor) -> Call:
@@ -256,10 +220,20 @@ class _Exchange:
 
     def _send_backward(self, answered: Sequence[_Answered], calls: Sequence[Call]) -> list[CallResult]:
         outgoing = [
-            _Outgoing(a.group.destination, call, ReplyLimits.of(call, Method.BACKWARD, num_rows=a.group.rows_U.numel()))
+            Outgoing(a.group.destination, call, ReplyLimits.of(call, Method.BACKWARD, num_rows=a.group.rows_U.numel()))
             for a, call in zip(answered, calls, strict=True)
         ]
-        return self._experts.send(Method.BACKWARD, outgoing, self._scope)
+        return self._send(Method.BACKWARD, outgoing)
+
+    def _send(self, method: Method, calls: Sequence[Outgoing]) -> list[CallResult]:
+        results = self._experts.switchboard.send(method, calls, self._scope)
+        if self._mode is Mode.TRAIN:
+            for result in results:
+                self._scope.ledger.moved(bytes_up=result.bytes_up, bytes_down=result.bytes_down)
+        return results
+
+    def _is_suspect(self, answered: _Answered) -> bool:
+        return self._scope.is_suspect(answered.group.destination.peer_id)
 
     def _unpack_backward(self, answered: _Answered, result: CallResult, grad_x_TD: Tensor) -> BackwardOutcome:
         """Add a backward's input gradients. They are lost when the peer failed or sent something not finite."""
@@ -268,7 +242,7 @@ class _Exchange:
         tensors = [group.tensor for group in result.groups if group.tensor is not None]
         if result.failure is not None or not tensors:
             return BackwardOutcome.LOST
-        rows_UD = torch.stack([decode(tensor) for tensor in tensors]).sum(0)
+        rows_UD = reduce(torch.add, map(decode, tensors))
         if not all_finite(rows_UD):
             self._scope.suspect(answered.group.destination.peer_id)
             return BackwardOutcome.LOST
@@ -277,16 +251,20 @@ class _Exchange:
 
 
 class _RemoteCall(torch.autograd.Function):
-    """Autograd's view of an exchange: a function of x alone."""
+    """Autograd's view of an exchange: a function of x alone. What travels is float32 on the CPU, whatever x is."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.forward(x_TD.detach())
+        return exchange.forward(x_TD.detach().to("cpu", torch.float32)).to(x_TD)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.backward(grad_outputs[0]), None
+    @once_differentiable  # which types ctx as position-only
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None]:
+        (grad_out_ND,) = grad_outputs
+        return ctx.exchange.backward(grad_out_ND.to("cpu", torch.float32)).to(grad_out_ND), None
 
 
 def _with_rows(answered: _Answered, call: Call) -> Call:
