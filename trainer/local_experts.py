@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from experts.bank import ExpertBank, Pass
 from experts.uid import ExpertUid
@@ -22,6 +23,8 @@ class LocalExperts:
     def run(self, x_TD: Tensor, plan: Plan, layer: int, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """See `remote_experts.Experts.run`; every pair comes back."""
         trains = micro_batch.scope.train and torch.is_grad_enabled()
+        if trains and not x_TD.requires_grad:
+            x_TD = x_TD.detach().requires_grad_()  # else autograd would never ask for the experts' backward
         out_ND = _LocalCall.apply(plan.dispatch(x_TD), self, plan, layer, micro_batch, trains)
         assert isinstance(out_ND, Tensor)
         if trains:
@@ -47,11 +50,19 @@ class _LocalCall(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, experts: LocalExperts, plan: Plan, layer: int, micro_batch: MicroBatch, trains: bool
     ) -> Tensor:
-        ctx.experts, ctx.micro_batch = experts, micro_batch
-        ctx.run = experts.forward(x_ND.detach(), plan, layer, trains=trains)
-        return ctx.run.out_ND.clone()
+        run = experts.forward(x_ND.detach(), plan, layer, trains=trains)
+        ctx.experts, ctx.micro_batch, ctx.trains, ctx.run = experts, micro_batch, trains, run
+        return run.out_ND.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x_ND = ctx.experts.backward(ctx.run, grad_outputs[0].contiguous(), ctx.micro_batch)
+    @once_differentiable  # which types ctx as position-only
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if not ctx.trains:
+            raise RuntimeError("there is no way back through an evaluation: experts learn in training mode only")
+        if ctx.run is None:
+            raise RuntimeError("backward through experts works once per forward: they have learnt from it")
+        run, ctx.run = ctx.run, None
+        grad_x_ND = ctx.experts.backward(run, grad_outputs[0].contiguous(), ctx.micro_batch)
         return grad_x_ND, None, None, None, None, None

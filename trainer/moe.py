@@ -39,7 +39,7 @@ class MoELayer(nn.Module):
     """(..., D) -> (..., D): the weighted sum of the experts each token was routed to, zero where none answered.
 
     `loss` (add it to yours, weighted as the preset says) and `metrics` belong to the calling thread's last forward.
-    Outside a training loop of ours every forward is its own step with `timeout_s` to answer in.
+    Outside a training loop of ours every forward is a step of its own, with `timeout_s` for the way there and back.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
 
 
 def _measure(plan: Plan, experts_alive: int, ok_N: Tensor) -> LayerMetrics:
-    answered_T = torch.zeros(plan.num_tokens, dtype=torch.bool).index_fill_(0, plan.token_N[ok_N], True)
+    answered_T = plan.token_N.new_zeros(plan.num_tokens, dtype=torch.bool).index_fill_(0, plan.token_N[ok_N], True)
     return LayerMetrics(
         pairs_sent=plan.num_pairs,
         pairs_answered=int(ok_N.sum()),
