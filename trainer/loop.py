@@ -72,7 +72,8 @@ class TrainingLoop:
     def step(self, step: int) -> StepOutcome:
         """Forward all micro-batches, refuse the step if too little came back, else backward all and step the trunk.
 
-        No backward is sent before every forward is in, so a skipped step has taught no expert anything.
+        No backward is sent before every forward is in, so a step skipped for its forwards has taught no expert
+        anything. Trunk and routers are after any skipped step what they were before it.
         """
         scope = StepScope(deadline_s=time.monotonic() + self._manifest.wire.step_timeout_s, ledger=self.ledger)
         self.model.train()
@@ -84,7 +85,8 @@ class TrainingLoop:
             gradients = self._in_flight(lambda index: self._backward(forwards[index]))
             update = self.optimizer.update(_mean(gradients, num_tokens), step=step)
             skipped = None if update.applied else "the trunk's gradient is not finite"
-        scope.apply_observations()
+        if skipped is None:
+            scope.apply_observations()
         bits_per_byte = nats / math.log(2) if math.isfinite(nats) else None
         return StepOutcome(bits_per_byte, num_tokens if skipped is None else 0, skipped)
 
