@@ -17,6 +17,7 @@ from experts.uid import ExpertUid
 from peer.claims import Claim, choose, settle
 from peer.directory import Directory
 from peer.expert_host import ExpertHost
+from peer.farewell import say_goodbye
 from peer.records import RECORD_LIFETIME_S, RENEW_EVERY_S, HostedExpert, PeerRecord, PeerState, RecordStore
 from peer.snapshot import DirectorySnapshot
 from peer.transport import Endpoint
@@ -25,8 +26,6 @@ from peer.vacancies import Vacancies
 log = structlog.get_logger(__name__)
 
 _LOOK_EVERY_S = 1.5
-_TOMBSTONE_LIFETIME_S = RECORD_LIFETIME_S + RENEW_EVERY_S
-"""Longer than what it replaces: the DHT keeps the record that expires last."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,8 @@ class Announcer:
                 next_renewal_s = time.monotonic() + RENEW_EVERY_S
 
     async def withdraw(self) -> None:
-        """The tombstone: everybody forgets us at once instead of when our record expires."""
         self.state = "offline"
-        await self._store.put(self._record(()), lifetime_s=_TOMBSTONE_LIFETIME_S, now_unix_s=time.time())
+        await say_goodbye(self._store, self._record(()))
 
     async def publish(self) -> None:
         """Say where we are and what we serve. A refused or failed put is said by the store and tried again later."""

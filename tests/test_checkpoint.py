@@ -20,6 +20,7 @@ from trainer.checkpoint import (
     CheckpointNotSaved,
     CheckpointUnusable,
     TrainerState,
+    holds_checkpoint,
     load_newest,
     random_state,
     restore_random_state,
@@ -169,6 +170,15 @@ def test_an_empty_or_missing_folder_holds_no_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointUnusable, match="it holds no checkpoint; start without --resume"):
             load_newest(folder, run=RUN)
+        assert not holds_checkpoint(folder)
+
+
+@pytest.mark.hostile
+def test_a_checkpoint_that_cannot_be_used_is_not_taken_for_none(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, state(), run=RUN)
+    (checkpoint / "trunk.safetensors").unlink()
+
+    assert holds_checkpoint(tmp_path)
 
 
 @pytest.mark.hostile

@@ -66,6 +66,15 @@ def test_a_peer_can_be_scaled() -> None:
     assert all("source" not in volume for volume in peer["volumes"])  # a named volume would be shared
 
 
+def test_a_restarted_trainer_goes_on_from_its_checkpoint() -> None:
+    trainer = _composed()["trainer"]
+
+    assert trainer["restart"] == "on-failure"
+    assert "--resume" in trainer["command"]
+    folder = trainer["command"][trainer["command"].index("--checkpoint-dir") + 1]
+    assert folder in {volume["target"] for volume in trainer["volumes"]}
+
+
 def test_the_page_is_published_on_loopback_alone() -> None:
     published = {name: service.get("ports", []) for name, service in _composed().items()}
 

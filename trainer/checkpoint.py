@@ -106,6 +106,11 @@ def save(folder: Path, state: TrainerState, *, run: RunManifest) -> Path:
     return written
 
 
+def holds_checkpoint(folder: Path) -> bool:
+    """Usable or not: whether somebody has saved one. Raises CheckpointUnusable when the folder cannot be read."""
+    return bool(_candidates(folder))
+
+
 def load_newest(folder: Path, *, run: RunManifest) -> TrainerState:
     """The newest checkpoint of `folder` that is whole and belongs to `run`; newer ones are skipped with a warning.
 

@@ -17,6 +17,7 @@ from peer.bootstrap import parse_join
 from peer.device import limit_compute_threads
 from peer.errors import BadConfiguration, TrainingGaveUp
 from peer.event_loop import EventLoopThread
+from peer.farewell import say_goodbye
 from peer.held import Held
 from peer.identity import Identity, StateFolder
 from peer.membership import Membership, membership
@@ -26,7 +27,7 @@ from peer.signals import StopRequest, stop_on_signals
 from peer.supervisor import DhtSupervisor
 from peer.transport import PeerId
 from trainer.assembly import build_model, build_optimizer
-from trainer.checkpoint import load_newest
+from trainer.checkpoint import holds_checkpoint, load_newest
 from trainer.data import ByteDataset, default_data_path
 from trainer.loop import TrainingLoop
 from trainer.progress import open_progress
@@ -90,8 +91,10 @@ def _train(settings: TrainSettings, swarm: Swarm, voice: "_Voice", stop: StopReq
         if not swarm.wait_for_experts(timeout_s=WAIT_FOR_EXPERTS_S):
             uncovered = swarm.snapshot().uncovered(manifest.uids())
             progress.note(f"nobody serves {len(uncovered)} of {len(manifest.uids())} experts yet; beginning without")
-        if settings.resume:
+        if settings.resume and holds_checkpoint(folder):
             session.resume(load_newest(folder, run=manifest))
+        elif settings.resume:
+            progress.note(f"no checkpoint in {folder} yet; beginning")
         summary = session.run()
     _write_summary(summary, folder)
     return summary
@@ -151,8 +154,7 @@ async def _announced(
         speaking = tasks.create_task(_speak(member, voice))
         yield member
         speaking.cancel()
-        lifetime_s = RECORD_LIFETIME_S + RENEW_EVERY_S  # a tombstone outlives what it replaces
-        await member.store.put(voice.record("offline"), lifetime_s=lifetime_s, now_unix_s=time.time())
+        await say_goodbye(member.store, voice.record("offline"))
 
 
 async def _speak(member: Membership, voice: _Voice) -> None:

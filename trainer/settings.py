@@ -24,7 +24,7 @@ class TrainSettings(LocalModel):
     checkpoint_dir: Folder = STATE_HOME / "trainer"
     """Identity, checkpoints and metrics.jsonl."""
     resume: bool = False
-    """Go on from the newest checkpoint in the checkpoint folder."""
+    """Go on from the newest checkpoint in the checkpoint folder; begin when there is none yet."""
 
 
 class GenerateSettings(LocalModel):
