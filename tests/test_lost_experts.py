@@ -1,4 +1,4 @@
-"""A lost expert is a Tuesday: whatever a peer does, its own pairs are lost, in time and with a reason; no others are."""
+"""A lost expert is a Tuesday: whatever a peer does, its own pairs are lost, in time, with a reason; no others are."""
 
 from collections.abc import Iterator
 from dataclasses import replace
