@@ -10,7 +10,7 @@ import torch
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 _EXPERT_SHARE = 0.5
-"""Of the free memory, for weights, moments and gradients; the rest is for activations, kept inputs and other programs."""
+"""Of the free memory, for weights, moments and gradients; the rest is for activations and other programs."""
 _MAX_UNASKED = 4096
 
 
