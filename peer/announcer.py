@@ -20,12 +20,14 @@ from peer.expert_host import ExpertHost
 from peer.farewell import say_goodbye
 from peer.records import RECORD_LIFETIME_S, RENEW_EVERY_S, HostedExpert, PeerRecord, PeerState, RecordStore
 from peer.snapshot import DirectorySnapshot
-from peer.transport import Endpoint
+from peer.transport import Endpoint, PeerId
 from peer.vacancies import Vacancies
 
 log = structlog.get_logger(__name__)
 
 _LOOK_EVERY_S = 1.5
+_SEEN_WITHIN_S = RECORD_LIFETIME_S
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class Announcer:
         self._store = store
         self._directory = directory
         self._saved = dict(saved)
+        """States of experts we do not serve: from the disk at first, later of those we gave up."""
         self._rng = rng
         self._claims: dict[ExpertUid, Claim] = {}
-        self._vacancies = Vacancies(place.uids, saved)
+        self._vacancies = Vacancies(place.uids)
         self.state: PeerState = "joining"
 
     @property
@@ -71,17 +74,16 @@ class Announcer:
 
     async def take_place(self) -> None:
         """Claim, host, look again, and go online with what is ours. Returns when the record that says so is out."""
-        before = self._directory.snapshot()
+        others = self._others(self._directory.snapshot())
         if self._place.is_pinned:
-            await self._claim(choose(before, self._place.uids, self._place.max_experts, self._place.uids, self._rng))
-        await self._fill(before)
+            await self._claim(choose(others, self._place.uids, self._place.max_experts, self._place.uids, self._rng))
+        await self._fill(others, now_s=time.monotonic())
         self.state = "syncing"
-        await self.publish()
-        seen = await self._directory.wait_until(self._sees_us, timeout_s=RECORD_LIFETIME_S)
+        seen = await self._publish_until_seen()
         if seen is None:
             log.warning("record.not_seen", hint="the DHT is slow or cut off; going on, and announcing again")
         else:
-            await self._settle(seen)
+            await self._settle(self._others(seen))
         self.state = "online"
         await self.publish()
 
@@ -90,11 +92,15 @@ class Announcer:
         next_renewal_s = time.monotonic() + RENEW_EVERY_S
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            snapshot = self._directory.snapshot()
-            has_changed = await self._settle(snapshot) | await self._fill(snapshot)
+            has_changed = await self.look(now_s=time.monotonic())
             if has_changed or time.monotonic() >= next_renewal_s:
                 await self.publish()
                 next_renewal_s = time.monotonic() + RENEW_EVERY_S
+
+    async def look(self, *, now_s: float) -> bool:
+        """Give up what others claimed before us, take what is vacant; True when that changed what we serve."""
+        others = self._others(self._directory.snapshot())
+        return await self._settle(others) | await self._fill(others, now_s=now_s)
 
     async def withdraw(self) -> None:
         self.state = "offline"
@@ -114,6 +120,15 @@ class Announcer:
         )
         await self._store.put(self._record(experts), lifetime_s=RECORD_LIFETIME_S, now_unix_s=time.time())
 
+    async def _publish_until_seen(self) -> DirectorySnapshot | None:
+        """Again and again: a DHT may lose what it took, or still hold our last goodbye, which expires later."""
+        for _ in range(_ATTEMPTS):
+            await self.publish()
+            seen = await self._directory.wait_until(self._sees_us, timeout_s=_SEEN_WITHIN_S / _ATTEMPTS)
+            if seen is not None:
+                return seen
+        return None
+
     def _record(self, experts: tuple[HostedExpert, ...]) -> PeerRecord:
         return PeerRecord(
             peer_id=self._place.endpoint.peer_id,
@@ -129,16 +144,22 @@ class Announcer:
 
     def _sees_us(self, snapshot: DirectorySnapshot) -> bool:
         record = snapshot.peers.get(self._place.endpoint.peer_id)
-        return record is not None and {line.uid for line in record.experts} == set(map(str, self._claims))
+        if record is None or record.state != self.state:
+            return False  # nothing yet, or what we said in an earlier life
+        seen = {line.uid: line.claimed_at_unix_s for line in record.experts}
+        return seen == {str(uid): claim.claimed_at_unix_s for uid, claim in self._claims.items()}
 
-    async def _fill(self, snapshot: DirectorySnapshot) -> bool:
-        """Take vacant experts while there is room: first those whose snapshot we hold."""
-        covered = {uid for uid in self._place.uids if uid in self._claims or snapshot.claims(uid)}
-        self._vacancies.observe(covered, now_s=time.monotonic())
-        saved, others = self._vacancies.open(now_s=time.monotonic())
+    def _others(self, snapshot: DirectorySnapshot) -> "_OthersClaims":
+        return _OthersClaims(snapshot, self._place.endpoint.peer_id)
+
+    async def _fill(self, others: "_OthersClaims", *, now_s: float) -> bool:
+        """Take vacant experts while there is room: first those whose state we have."""
+        covered = {uid for uid in self._place.uids if uid in self._claims or others.claims(uid)}
+        self._vacancies.observe(covered, now_s=now_s)
+        saved, free = self._vacancies.open(self._saved, now_s=now_s)
         room = self._place.max_experts - len(self._claims)
-        taken = choose(snapshot, None, room, saved, self._rng)
-        taken += choose(snapshot, None, room - len(taken), others, self._rng)
+        taken = choose(others, None, room, saved, self._rng)
+        taken += choose(others, None, room - len(taken), free, self._rng)
         await self._claim(taken)
         return bool(taken)
 
@@ -148,12 +169,25 @@ class Announcer:
         claim = Claim(time.time(), self._place.endpoint.peer_id)
         await self._host.host(tuple(uids), self._saved)
         self._claims |= dict.fromkeys(uids, claim)
+        for uid in uids:
+            self._saved.pop(uid, None)
 
-    async def _settle(self, snapshot: DirectorySnapshot) -> bool:
-        """Give up what somebody claimed before us."""
-        dropped = settle(self._claims, snapshot)
+    async def _settle(self, others: "_OthersClaims") -> bool:
+        """Give up what somebody claimed before us, and remember what it had learnt: they may be gone soon."""
+        dropped = settle(self._claims, others)
         for drop in dropped:
             log.info("expert.dropped", uid=str(drop.uid), reason=drop.reason)
             del self._claims[drop.uid]
-            await self._host.drop(drop.uid)
+            self._saved[drop.uid] = await self._host.drop(drop.uid)
         return bool(dropped)
+
+
+@dataclass(frozen=True)
+class _OthersClaims:
+    """A view without what we said ourselves, perhaps in an earlier life: no reason not to claim it again."""
+
+    snapshot: DirectorySnapshot
+    own_id: PeerId
+
+    def claims(self, uid: ExpertUid) -> list[Claim]:
+        return [claim for claim in self.snapshot.claims(uid) if claim.peer_id != self.own_id]

@@ -15,9 +15,8 @@ GRACE_S = 20.0
 class Vacancies:
     """Remembers since when each expert has been without a host."""
 
-    def __init__(self, uids: Iterable[ExpertUid], saved: Collection[ExpertUid]) -> None:
+    def __init__(self, uids: Iterable[ExpertUid]) -> None:
         self._uids = tuple(uids)
-        self._saved = frozenset(saved)
         self._was_covered: set[ExpertUid] = set()
         self._vacant_since_s: dict[ExpertUid, float] = {}
 
@@ -30,12 +29,12 @@ class Vacancies:
             else:
                 self._vacant_since_s.setdefault(uid, now_s)
 
-    def open(self, *, now_s: float) -> tuple[list[ExpertUid], list[ExpertUid]]:
-        """Vacant experts to take now: those we hold a snapshot of, and others never served or past their grace."""
+    def open(self, saved: Collection[ExpertUid], *, now_s: float) -> tuple[list[ExpertUid], list[ExpertUid]]:
+        """Vacant experts to take now: those whose state we have, and others never served or past their grace."""
         vacant = [uid for uid in self._uids if uid in self._vacant_since_s]
-        saved = [uid for uid in vacant if uid in self._saved]
-        others = [uid for uid in vacant if uid not in self._saved and self._is_free(uid, now_s)]
-        return saved, others
+        ours = [uid for uid in vacant if uid in saved]
+        others = [uid for uid in vacant if uid not in saved and self._is_free(uid, now_s)]
+        return ours, others
 
     def _is_free(self, uid: ExpertUid, now_s: float) -> bool:
         return uid not in self._was_covered or now_s - self._vacant_since_s[uid] >= GRACE_S
