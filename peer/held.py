@@ -73,8 +73,12 @@ class Held(Generic[T]):
 
     def _let_go(self) -> None:
         assert self._leave is not None
-        assert self._holding is not None
         self._leave.set()
+        # A task cancelled before its first turn never runs at all, and nobody would close what it was given to open.
+        asyncio.get_running_loop().call_soon(self._stop_opening)
+
+    def _stop_opening(self) -> None:
+        assert self._holding is not None
         if not self._entered.done():
             self._holding.cancel()
 
@@ -84,7 +88,7 @@ class Held(Generic[T]):
                 self._entered.set_result(value)
                 await leave.wait()
         except BaseException as error:
-            cause = _only_cause(error)
+            cause = only_cause(error)
             if not self._entered.done():
                 self._entered.set_exception(cause)
             if leave.is_set() and isinstance(cause, asyncio.CancelledError):
@@ -95,7 +99,7 @@ class Held(Generic[T]):
             self._ended.set_result(None)
 
 
-def _only_cause(error: BaseException) -> BaseException:
+def only_cause(error: BaseException) -> BaseException:
     """A task group wraps what went wrong; one wrapped error is what the caller wants to see."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
