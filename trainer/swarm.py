@@ -65,7 +65,10 @@ class Swarm:
     def wait_until(self, predicate: Callable[[DirectorySnapshot], bool], *, timeout_s: float) -> bool:
         """Block until the directory shows it; False when it did not in time."""
         waiting = self.member.directory.wait_until(predicate, timeout_s)
-        return self._loop.run(waiting, timeout_s=timeout_s + 1.0) is not None
+        try:
+            return self._loop.run(waiting, timeout_s=timeout_s + 1.0) is not None
+        except TimeoutError:  # the loop is too busy even to say no
+            return False
 
     def wait_for_experts(self, *, timeout_s: float) -> bool:
         """Block until every expert of the run is served; False when some are not in time."""
@@ -74,8 +77,10 @@ class Swarm:
 
     def close(self) -> None:
         """Leave. Blocks for a moment."""
-        self._held.close()
-        self._loop.close()
+        try:
+            self._held.close()
+        finally:
+            self._loop.close()
 
     def __enter__(self) -> Self:
         return self
