@@ -24,7 +24,7 @@ WORKDIR /state
 VOLUME /state
 # One thread a process: several share the cores, and torch threads that wait for each other crawl.
 ENV PATH=/opt/swarmoe/bin:$PATH OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 SWARMOE_HTTP=127.0.0.1:8080
-HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=5s --timeout=3s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import urllib.request as http; http.urlopen('http://127.0.0.1:8080/healthz', timeout=2)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["swarmoe"]

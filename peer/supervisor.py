@@ -69,6 +69,7 @@ class DhtSupervisor:
         self._life: asyncio.Task[None] | None = None
         self._addresses: list[str] = []
         self._met: list[str] = []
+        self._is_up = asyncio.Event()
         self._closing = False
 
     @classmethod
@@ -91,6 +92,7 @@ class DhtSupervisor:
                 await self._listen(settings)
                 await self._join(settings.initial_peers)
                 await self._look()
+            self._is_up.set()
         except TimeoutError:
             raise CouldNotJoin(f"the DHT did not come up in {timeout_s:g} s") from None
         except RecordsUnavailable as error:
@@ -162,6 +164,7 @@ class DhtSupervisor:
                 await self._listen(settings)
                 await self._rejoin()
                 log.info("dht.process_restarted", addresses=self._addresses)
+            await self._is_up.wait()  # what `start` still waits for is slow, not useless
             while True:
                 await asyncio.sleep(_STATUS_EVERY_S)
                 if await self._look() == 0:
