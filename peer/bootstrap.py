@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from peer.addresses import split_address
 from peer.certificates import sha256_of
-from peer.errors import CouldNotJoin, MalformedMessage, ManifestMismatch, RemoteError
+from peer.errors import CouldNotJoin, MalformedMessage, ManifestMismatch, RemoteError, WrongKey
 from peer.identity import Domain, Identity, peer_id_of, public_key_of, verify
 from peer.manifest import PROTOCOL_VERSION, RunManifest
 from peer.transport import PeerId, Transport
@@ -26,6 +26,8 @@ NONCE_BYTES = 16
 _MAX_MANIFEST_BYTES = 64 << 10
 _MAX_DHT_ADDRESSES = 64
 _MAX_TEXT_CHARS = 256
+
+_Failure = RemoteError | WrongKey | MalformedMessage | ManifestMismatch
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,15 @@ def sign_info(
 
 
 def verify_info(reply: InfoReply, *, join: JoinAddress, nonce: bytes, certificate_der: bytes) -> Introduction:
-    """Raises MalformedMessage when this is not that member's answer, ManifestMismatch when its version is another."""
+    """Raises WrongKey when somebody else answered, MalformedMessage when this is no member's answer, ManifestMismatch
+    when its version is another.
+    """
     try:
         peer_id = peer_id_of(reply.public_key)
     except ValueError as error:
         raise MalformedMessage(f"whoever answers has no identity: {error}") from None
     if join.peer_id is not None and peer_id != join.peer_id:
-        raise MalformedMessage(f"{peer_id} answers there, not the key given; check the address or drop the key")
+        raise WrongKey(f"{peer_id} answers there, not the key given; check the address or drop the key")
     if not verify(peer_id, reply.signature, Domain.INFO, *_info_fields(nonce, certificate_der, reply.signed_manifest)):
         raise MalformedMessage(f"the answer is not signed by {peer_id}: something stands in between")
     texts = [reply.software_version, *reply.dht_addresses]
@@ -147,9 +151,9 @@ async def introduce(transport: Transport, joins: Sequence[JoinAddress], *, timeo
     """Ask all addresses at once and take the first good answer.
 
     Raises ManifestMismatch when somebody answers for a version we do not speak, else CouldNotJoin with each address's
-    reason, within `timeout_s`.
+    reason, as WrongKey when somebody else than expected answers, within `timeout_s`.
     """
-    failures: list[tuple[JoinAddress, RemoteError | MalformedMessage | ManifestMismatch]] = []
+    failures: list[tuple[JoinAddress, _Failure]] = []
     async with asyncio.TaskGroup() as group:
         attempts = [group.create_task(_ask(transport, join, timeout_s)) for join in joins]
         for attempt in asyncio.as_completed(attempts):
@@ -163,17 +167,18 @@ async def introduce(transport: Transport, joins: Sequence[JoinAddress], *, timeo
         if isinstance(failure, ManifestMismatch):
             raise failure
     reasons = "; ".join(f"{join.address}: {failure.args[0]}" for join, failure in failures)
-    raise CouldNotJoin(f"nobody let us in: {reasons}" if reasons else "no address to join was given")
+    kind = WrongKey if any(isinstance(failure, WrongKey) for _, failure in failures) else CouldNotJoin
+    raise kind(f"nobody let us in: {reasons}" if reasons else "no address to join was given")
 
 
 async def _ask(
     transport: Transport, join: JoinAddress, timeout_s: float
-) -> tuple[JoinAddress, Introduction | RemoteError | MalformedMessage | ManifestMismatch]:
+) -> tuple[JoinAddress, Introduction | _Failure]:
     nonce = secrets.token_bytes(NONCE_BYTES)
     try:
         reply, certificate_der = await transport.info(join.address, InfoRequest(nonce=nonce), timeout_s=timeout_s)
         return join, verify_info(reply, join=join, nonce=nonce, certificate_der=certificate_der)
-    except (RemoteError, MalformedMessage, ManifestMismatch) as failure:
+    except (RemoteError, WrongKey, MalformedMessage, ManifestMismatch) as failure:
         return join, failure
 
 

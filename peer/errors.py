@@ -13,6 +13,7 @@ SwarmError
 |-- ManifestMismatch        another run, or its version   -> exit 7, naming the field
 |-- CouldNotListen          the address is taken          -> exit 3
 |-- CouldNotJoin            nobody there let us in        -> exit 4
+|   `-- WrongKey            somebody else answers there   -> exit 8
 |-- FolderInUse             another daemon has the folder -> exit 3
 |-- BadConfiguration        a value, name or file given   -> exit 2, naming it
 |-- CheckpointUnusable      missing, torn or another run's -> exit 5
@@ -78,6 +79,10 @@ class CouldNotListen(SwarmError):
 
 class CouldNotJoin(SwarmError):
     """Nobody at the given addresses let us in."""
+
+
+class WrongKey(CouldNotJoin):
+    """Whoever answers there has another key than the one given."""
 
 
 class FolderInUse(SwarmError):

@@ -46,6 +46,7 @@ CODE_OF: dict[type[errors.SwarmError], ExitCode] = {
     errors.ManifestMismatch: ExitCode.RUN_MISMATCH,
     errors.CouldNotListen: ExitCode.COULD_NOT_LISTEN,
     errors.CouldNotJoin: ExitCode.COULD_NOT_JOIN,
+    errors.WrongKey: ExitCode.NOT_AUTHORISED,
     errors.FolderInUse: ExitCode.COULD_NOT_LISTEN,
     errors.BadConfiguration: ExitCode.USAGE,
     errors.CheckpointUnusable: ExitCode.CHECKPOINT_UNUSABLE,

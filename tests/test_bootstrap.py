@@ -16,7 +16,7 @@ from peer.bootstrap import (
     verify_info,
     verify_manifest,
 )
-from peer.errors import CouldNotJoin, MalformedMessage, ManifestMismatch
+from peer.errors import CouldNotJoin, MalformedMessage, ManifestMismatch, WrongKey
 from peer.identity import Domain, Identity
 from peer.manifest import RunManifest
 from peer.memory_transport import MemoryNetwork
@@ -158,7 +158,7 @@ def test_an_introduction_holds_what_was_proved() -> None:
 
 @pytest.mark.hostile
 def test_another_identity_than_the_key_given_is_not_believed() -> None:
-    with pytest.raises(MalformedMessage, match="not the key given"):
+    with pytest.raises(WrongKey, match="not the key given"):
         _verify(_info(Identity.generate()), OWNER.peer_id)
 
 
@@ -262,6 +262,16 @@ def test_nobody_there_lists_every_address_with_its_reason() -> None:
     assert "gone:1: cannot connect: nobody listens there" in message
     assert "not the key given" in message
     assert "no identity" in message
+
+
+def test_somebody_else_at_the_address_is_an_error_of_its_own() -> None:
+    async def scenario() -> None:
+        swarm = _Swarm()
+        impostor = JoinAddress((await swarm.member()).address, OWNER.peer_id)
+        with pytest.raises(WrongKey):
+            await introduce(swarm.joiner, [JoinAddress("gone:1"), impostor], timeout_s=5)
+
+    run_virtual(scenario())
 
 
 def test_no_address_at_all_says_so() -> None:
