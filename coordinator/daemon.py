@@ -16,7 +16,7 @@ from coordinator.run_folder import own_run, remember_members, remembered_members
 from coordinator.settings import CoordinatorSettings
 from peer.addresses import split_address
 from peer.bootstrap import introduce
-from peer.errors import BadConfiguration, CouldNotJoin, ManifestMismatch
+from peer.errors import CouldNotJoin, ManifestMismatch
 from peer.event_loop import EventLoopThread
 from peer.grpc_transport import GrpcTransport
 from peer.held import Held
@@ -37,7 +37,7 @@ _FIND_SWARM_TIMEOUT_S = 3.0
 def run_coordinator(settings: CoordinatorSettings, manifest: RunManifest) -> int:
     """Introduce and watch until SIGINT or SIGTERM; returns the exit code. Raises SwarmError for what cannot start."""
     with stop_on_signals() as stop, StateFolder(settings.state_dir) as folder:
-        identity = _owner(folder.path)
+        identity = folder.identity()
         run = own_run(folder.path, manifest, owner=identity.peer_id)
         supervisor = DhtSupervisor.spawn()
         with EventLoopThread() as loop:
@@ -101,10 +101,3 @@ async def _members_of_old(folder: Path, run: RunManifest, transport: GrpcTranspo
         "swarm.not_found_again", members_asked=len(joins), consequence="this coordinator starts a swarm of its own"
     )
     return ()
-
-
-def _owner(folder: Path) -> Identity:
-    try:
-        return Identity.load_or_create(folder)
-    except (ValueError, OSError) as error:
-        raise BadConfiguration(str(error)) from error

@@ -52,7 +52,7 @@ def run_peer(settings: PeerSettings) -> int:
     """Host experts until SIGINT or SIGTERM; returns the exit code. Raises SwarmError for what cannot start."""
     limit_compute_threads()
     with stop_on_signals() as stop, StateFolder(settings.state_dir) as folder:
-        identity = Identity.load_or_create(folder.path)
+        identity = folder.identity()
         supervisor = DhtSupervisor.spawn()
         with EventLoopThread() as loop:
             held = Held(loop, hosting(settings, identity, supervisor), leave_timeout_s=LEAVE_WITHIN_S)

@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from peer.errors import FolderInUse
+from peer.errors import BadConfiguration, FolderInUse
 from peer.transport import PeerId
 
 KEY_FILE = "identity.key"
@@ -104,10 +104,16 @@ class StateFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        """Make the folder if need be and take it. Raises FolderInUse naming the process that has it."""
-        path.mkdir(parents=True, exist_ok=True)
+        """Make the folder if need be and take it.
+
+        Raises FolderInUse naming the process that has it, BadConfiguration when it cannot be a folder of ours.
+        """
         self.path = path
-        self._lock_fd: int | None = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock_fd: int | None = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BadConfiguration(f"{path} cannot hold our state: {error.strerror}; give another folder") from error
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -118,6 +124,13 @@ class StateFolder:
             ) from None
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+
+    def identity(self) -> Identity:
+        """Of this folder, made on first use. Raises BadConfiguration with the fix."""
+        try:
+            return Identity.load_or_create(self.path)
+        except (ValueError, OSError) as error:
+            raise BadConfiguration(str(error)) from error
 
     def close(self) -> None:
         """Let the next daemon have it. Idempotent."""
