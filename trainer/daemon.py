@@ -41,13 +41,14 @@ log = structlog.get_logger(__name__)
 
 WAIT_FOR_EXPERTS_S = 60.0
 METRICS_FILE = "metrics.jsonl"
+_STOP_LOOK_EVERY_S = 0.5
 
 
 def run_trainer(settings: TrainSettings) -> int:
     """Train until the last step or a signal; returns the exit code. Raises SwarmError for what cannot go on."""
     limit_compute_threads()
     with stop_on_signals() as stop, StateFolder(settings.checkpoint_dir) as folder:
-        identity = Identity.load_or_create(folder.path)
+        identity = folder.identity()
         supervisor = DhtSupervisor.spawn()
         with EventLoopThread() as loop:
             voice = _Voice(identity.peer_id)
@@ -84,20 +85,30 @@ def _train(settings: TrainSettings, swarm: Swarm, voice: "_Voice", stop: StopReq
             surroundings=Surroundings(
                 is_stopped=lambda: stop.is_requested,
                 experts_alive=swarm.experts_alive,
-                wait_for_experts=lambda timeout_s: swarm.wait_for_experts(timeout_s=timeout_s),
+                wait_for_experts=lambda timeout_s: _wait_for_experts(swarm, stop, timeout_s),
                 tell=voice.tell,
             ),
         )
-        if not swarm.wait_for_experts(timeout_s=WAIT_FOR_EXPERTS_S):
+        saved = load_newest(folder, run=manifest) if settings.resume and holds_checkpoint(folder) else None
+        if not _wait_for_experts(swarm, stop, WAIT_FOR_EXPERTS_S):
             uncovered = swarm.snapshot().uncovered(manifest.uids())
             progress.note(f"nobody serves {len(uncovered)} of {len(manifest.uids())} experts yet; beginning without")
-        if settings.resume and holds_checkpoint(folder):
-            session.resume(load_newest(folder, run=manifest))
+        if saved is not None:
+            session.resume(saved)
         elif settings.resume:
             progress.note(f"no checkpoint in {folder} yet; beginning")
         summary = session.run()
     _write_summary(summary, folder)
     return summary
+
+
+def _wait_for_experts(swarm: Swarm, stop: StopRequest, timeout_s: float) -> bool:
+    """Block until every expert is served, at most this long and no longer than nobody asks to stop."""
+    deadline_s = time.monotonic() + timeout_s
+    while not stop.is_requested and (left_s := deadline_s - time.monotonic()) > 0:
+        if swarm.wait_for_experts(timeout_s=min(left_s, _STOP_LOOK_EVERY_S)):
+            return True
+    return False
 
 
 def _write_summary(summary: TrainerSummary, folder: Path) -> None:
