@@ -17,6 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from peer.errors import BadConfiguration
+from peer.held import only_cause
 from peer.manifest import RunManifest
 from swarmoe.exit_codes import ExitCode
 from swarmoe.local_kills import RESTART_AFTER_S, KillPlan, remaining_s
@@ -31,16 +33,18 @@ _LOOPBACK = "127.0.0.1:0"
 _STEP_LINE = re.compile(r"step (\d+)/\d+")
 _LOOK_EVERY_S = 1.0
 _HTTP_TIMEOUT_S = 5.0
+_MEND_WITHIN_S = 30.0
 _PROMPT = "It is a truth universally acknowledged, that "
 
 
 def run_local(settings: LocalSettings, manifest: RunManifest) -> int:
     """Run the swarm to its verdict; returns the exit code. Ctrl+C ends everything it started."""
-    if settings.report is not None and not settings.report.parent.is_dir():
-        settings.report.parent.mkdir(parents=True)
+    _check_paths(settings, manifest)
     folder = Path(tempfile.mkdtemp(prefix="swarmoe-local-"))
     try:
         report = asyncio.run(_until_signalled(_LocalSwarm(settings, manifest, folder).run()))
+    except BaseExceptionGroup as group:
+        raise only_cause(group) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if report is None:
@@ -50,6 +54,20 @@ def run_local(settings: LocalSettings, manifest: RunManifest) -> int:
         settings.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(in_words(report))
     return ExitCode.DONE if report["verdict"] == "ok" else ExitCode.TRAINING_GAVE_UP
+
+
+def _check_paths(settings: LocalSettings, manifest: RunManifest) -> None:
+    """Find out now, not after minutes of training. Raises BadConfiguration."""
+    if settings.data is not None:
+        from trainer.data import ByteDataset  # brings torch, which nothing else here needs
+
+        ByteDataset.open(settings.data, context=manifest.model.context)
+    if settings.report is not None:
+        try:
+            settings.report.parent.mkdir(parents=True, exist_ok=True)
+            settings.report.open("a").close()
+        except OSError as error:
+            raise BadConfiguration(f"--report {settings.report}: {error.strerror}; give another file") from error
 
 
 async def _until_signalled(work: Any) -> dict[str, Any] | None:
@@ -88,12 +106,7 @@ class _LocalSwarm:
             join = await self._start_coordinator(members)
             await self._start_peers(members, join)
             trainers = await self._start_trainers(members, join)
-            killing = asyncio.ensure_future(self._kill_regularly(members))
-            for trainer in trainers:
-                await trainer.ended.wait()
-            killing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await killing
+            await self._kill_until_ended(members, trainers)
             alive = await self._count_alive()
             await self._sample(members, join)
             failures = [*members.failures, *(f"{t.name} ended with {t.exit_code}" for t in trainers if t.exit_code)]
@@ -143,11 +156,17 @@ class _LocalSwarm:
     def _with_folder(self, name: str, arguments: list[str]) -> list[str]:
         return [*arguments, f"--state-dir={self._folder / name}", "--log-format=json"]
 
-    async def _kill_regularly(self, members: Members) -> None:
-        if self._settings.kill_every is None:
-            return
-        plan = KillPlan(every_s=self._settings.kill_every, seed=self._settings.seed)
-        while True:
+    async def _kill_until_ended(self, members: Members, trainers: list[Member]) -> None:
+        """Wait for all trainers, and meanwhile kill as asked. Whoever was killed is started again before this ends."""
+        async with asyncio.TaskGroup() as tasks:
+            if self._settings.kill_every is not None:
+                tasks.create_task(self._kill_regularly(members, trainers, every_s=self._settings.kill_every))
+            for trainer in trainers:
+                await trainer.ended.wait()
+
+    async def _kill_regularly(self, members: Members, trainers: list[Member], *, every_s: float) -> None:
+        plan = KillPlan(every_s=every_s, seed=self._settings.seed)
+        while not all(trainer.ended.is_set() for trainer in trainers):
             await asyncio.sleep(_LOOK_EVERY_S)
             now_s = time.monotonic()
             if self._training_began_s is None:
@@ -172,9 +191,12 @@ class _LocalSwarm:
 
     async def _count_alive(self) -> int:
         """Experts somebody serves, as the coordinator sees it; a peer that has just restarted gets time to be seen."""
-        deadline_s = time.monotonic() + 30.0
+        deadline_s = time.monotonic() + _MEND_WITHIN_S
         while True:
-            state = await asyncio.to_thread(_read_json, self._state_url)
+            try:
+                state = await asyncio.to_thread(_read_json, self._state_url)
+            except OSError:
+                return 0  # the coordinator is gone, which is in the failures
             served = len(state["experts"]) - len(state["uncovered"])
             if not state["uncovered"] or time.monotonic() > deadline_s:
                 return served

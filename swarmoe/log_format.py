@@ -11,7 +11,13 @@ import structlog
 
 from swarmoe.settings import OutputSettings
 
-_LOUD = {"hivemind": logging.ERROR, "grpc": logging.ERROR, "asyncio": logging.WARNING, "uvicorn": logging.WARNING}
+_LOUD = {
+    "hivemind": logging.ERROR,
+    "grpc": logging.ERROR,
+    "asyncio": logging.WARNING,
+    "uvicorn": logging.WARNING,
+    "torch": logging.WARNING,
+}
 """Libraries that say more than an operator can use, and from which level on they are heard."""
 
 
