@@ -69,6 +69,16 @@ def test_waiting_for_experts_tells_whether_all_are_served(swarm: MemorySwarm) ->
     assert member.view(0).alive_E.tolist() == [False, True, True, True, True, True]
 
 
+def test_experts_of_a_peer_that_failed_us_are_waited_for_until_it_is_heard_of_again(swarm: MemorySwarm) -> None:
+    member = joined(swarm)
+    swarm.faults.take_down(swarm.peers[0].peer_id)
+    RemoteMoE(member)(X_TD)
+
+    assert not member.wait_for_experts(timeout_s=0.01)
+    swarm.announce(swarm.peers[0])
+    assert member.wait_for_experts(timeout_s=1.0)
+
+
 def test_a_loop_too_busy_to_say_is_as_good_as_not_in_time(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch) -> None:
     member = joined(swarm)
 

@@ -60,7 +60,7 @@ class Swarm:
 
     def experts_alive(self) -> int:
         """Experts of the run that can be called now."""
-        return sum(self.view(layer).num_live for layer in range(self.manifest.moe_layers))
+        return self._num_live(self.snapshot())
 
     def wait_until(self, predicate: Callable[[DirectorySnapshot], bool], *, timeout_s: float) -> bool:
         """Block until the directory shows it; False when it did not in time."""
@@ -71,9 +71,9 @@ class Swarm:
             return False
 
     def wait_for_experts(self, *, timeout_s: float) -> bool:
-        """Block until every expert of the run is served; False when some are not in time."""
-        uids = self.manifest.uids()
-        return self.wait_until(lambda snapshot: not snapshot.uncovered(uids), timeout_s=timeout_s)
+        """Block until every expert of the run can be called; False when some cannot in time."""
+        num_experts = len(self.manifest.uids())
+        return self.wait_until(lambda snapshot: self._num_live(snapshot) == num_experts, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Leave. Blocks for a moment."""
@@ -89,6 +89,10 @@ class Swarm:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _num_live(self, snapshot: DirectorySnapshot) -> int:
+        uids = self.manifest.uids()
+        return sum(_first_present(snapshot, uid, self.experts.absences) is not None for uid in uids)
 
 
 def join(*addresses: str, timeout_s: float = 30.0) -> Swarm:
@@ -147,14 +151,16 @@ def router_for(manifest: RunManifest, layer: int, *, preset: str | None = None) 
 def view_of(snapshot: DirectorySnapshot, layer: int, num_experts: int, absences: Absences) -> View:
     """One layer as routers read it. An expert is alive when somebody whom we have not missed takes calls for it."""
 
-    def first_present(uid: ExpertUid) -> Replica | None:
-        present = (replica for replica in snapshot.replicas(uid) if not absences.is_absent(replica, snapshot))
-        return next(present, None)
-
-    primaries = [first_present(ExpertUid(layer, index)) for index in range(num_experts)]
+    uids = [ExpertUid(layer, index) for index in range(num_experts)]
+    primaries = [_first_present(snapshot, uid, absences) for uid in uids]
     return View.of(
         layer,
         [primary is not None for primary in primaries],
         capacity=[primary.share if primary is not None else 0.0 for primary in primaries],
         bias=[primary.bias if primary is not None else 0.0 for primary in primaries],
     )
+
+
+def _first_present(snapshot: DirectorySnapshot, uid: ExpertUid, absences: Absences) -> Replica | None:
+    present = (replica for replica in snapshot.replicas(uid) if not absences.is_absent(replica, snapshot))
+    return next(present, None)
