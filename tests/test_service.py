@@ -1,0 +1,228 @@
+"""The expert service between the wire and the host: who is let in, who is told to wait, and how it leaves."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from experts.uid import ExpertUid
+from peer.call_stream import write_call
+from peer.errors import DeadlineExceeded, PeerOverloaded, PeerUnreachable, RequestRejected
+from peer.expert_host import ExpertHost
+from peer.memory_transport import MemoryNetwork
+from peer.messages import Call, CallLimits, ExpertRows, GroupReply, Mode, Outcome, ReplyLimits
+from peer.reply_stream import read_reply
+from peer.service import ExpertService
+from peer.tensors import Role, encode
+from peer.transport import Endpoint, Method
+from peer.wire_codecs import Codec
+from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest
+from tests.swarm import CPU, DIM, seeded, tiny_run
+from tests.transport_worlds import Member, World
+
+RUN = tiny_run()
+X_ND = torch.randn(6, DIM, generator=seeded(0))
+
+
+@dataclass
+class Served:
+    """A service, its host, and somebody who calls it."""
+
+    host: ExpertHost
+    service: ExpertService
+    endpoint: Endpoint
+    trainer: Member
+
+    async def ask(self, call: Call, *, timeout_s: float = 5.0) -> list[GroupReply]:
+        frames = self.trainer.transport.call(self.endpoint, Method.FORWARD, write_call(call), timeout_s=timeout_s)
+        limits = ReplyLimits.of(call, Method.FORWARD, num_rows=len(X_ND))
+        return [group async for group in read_reply(frames, limits)]
+
+
+def introduce(request: InfoRequest) -> InfoReply:
+    return InfoReply(software_version="test", signature=request.nonce)
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    world = World(MemoryNetwork().transport)
+    peer, trainer = world.member(), world.member()
+    host = ExpertHost(RUN, device=CPU, snapshots=None, max_experts=4)
+    host.start()
+    await host.host([ExpertUid(0, 0)], {})
+    service = ExpertService(host, CallLimits.of(RUN), introduce)
+    server = await peer.transport.serve(service, "127.0.0.1:0")
+    endpoint = Endpoint(peer.identity.peer_id, server.address, peer.transport.certificate_der)
+    yield Served(host, service, endpoint, trainer)
+    await world.close()
+    assert await asyncio.to_thread(host.close, timeout_s=5.0)
+
+
+def call_of(**changes) -> Call:
+    fields = {
+        "call_id": b"i" * 16,
+        "run_id": RUN.run_id,
+        "mode": Mode.TRAIN,
+        "layer": 0,
+        "experts": (ExpertRows(0, len(X_ND)),),
+        "reply_codec": Codec.RAW,
+        "timeout_s": 5.0,
+        "tensors": {Role.ROWS: encode(X_ND, Role.ROWS, Codec.RAW)},
+    }
+    return Call(**(fields | changes))
+
+
+class Busy:
+    """Keeps the compute thread of a host at work until it is left."""
+
+    def __init__(self, host: ExpertHost) -> None:
+        self._host = host
+        self._entered, self._go_on = threading.Event(), threading.Event()
+
+    def _work(self) -> None:
+        self._entered.set()
+        self._go_on.wait(10.0)
+
+    async def __aenter__(self) -> None:
+        self._working = asyncio.ensure_future(self._host._control(self._work))
+        await asyncio.to_thread(self._entered.wait, 10.0)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._go_on.set()
+        await self._working
+
+
+async def turns(number: int = 20) -> None:
+    """So many turns of the loop: what can happen without waiting for anybody has happened."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def test_a_good_call_is_answered(served: Served) -> None:
+    (group,) = await served.ask(call_of())
+
+    assert [(expert.index, expert.outcome) for expert in group.experts] == [(0, Outcome.OK)]
+
+
+async def test_whoever_asks_is_introduced(served: Served) -> None:
+    reply, certificate = await served.trainer.transport.info(
+        served.endpoint.address, InfoRequest(nonce=b"n" * 16), timeout_s=1.0
+    )
+
+    assert reply.signature == b"n" * 16
+    assert certificate == served.endpoint.certificate_der
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"run_id": "another"}, "this peer trains run"),
+        ({"layer": 2}, "layer 2 does not exist"),
+        ({"experts": (ExpertRows(6, 6),)}, "expert 0.6 does not exist"),
+        ({"experts": (ExpertRows(0, 5),)}, "the experts' counts add up to 5"),
+        ({"tensors": {Role.ROWS: encode(X_ND * torch.nan, Role.ROWS, Codec.RAW)}}, "ROWS holds NaN"),
+    ],
+)
+async def test_a_bad_call_is_refused_with_a_sentence_and_the_next_good_one_is_answered(
+    served: Served, changes: dict, sentence: str
+) -> None:
+    with pytest.raises(RequestRejected, match=sentence):
+        await served.ask(call_of(**changes))
+
+    assert (await served.ask(call_of()))[0].experts[0].outcome is Outcome.OK
+    assert await served.service.leave(timeout_s=0.1)  # the bad one is not taken for a running one
+
+
+async def test_whoever_never_ends_its_call_is_let_go_at_its_deadline_and_holds_up_nobody(served: Served) -> None:
+    async def never_ending() -> AsyncIterator[CallFrame]:
+        async for frame in write_call(call_of()):
+            yield frame
+            await asyncio.Event().wait()
+
+    silent = served.trainer.transport.call(served.endpoint, Method.FORWARD, never_ending(), timeout_s=0.2)
+    waiting = asyncio.ensure_future(anext(silent))
+    await turns()
+
+    assert (await served.ask(call_of()))[0].experts[0].outcome is Outcome.OK
+    with pytest.raises(DeadlineExceeded):
+        await waiting
+    assert await served.service.leave(timeout_s=1.0)
+
+
+async def test_a_full_queue_says_not_now(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peer.service.MAX_QUEUED_ROWS", 5)
+    async with Busy(served.host):
+        queued = asyncio.ensure_future(served.ask(call_of()))
+        while served.host.queued_rows == 0:
+            await turns(1)
+
+        with pytest.raises(PeerOverloaded, match="6 rows are waiting already"):
+            await served.ask(call_of(call_id=b"j" * 16))
+
+    assert (await queued)[0].experts[0].outcome is Outcome.OK
+
+
+async def test_leaving_refuses_the_new_and_waits_for_the_running(served: Served) -> None:
+    async with Busy(served.host):
+        running = asyncio.ensure_future(served.ask(call_of()))
+        while served.host.queued_rows == 0:
+            await turns(1)
+        leaving = asyncio.ensure_future(served.service.leave(timeout_s=5.0))
+        await turns()
+
+        with pytest.raises(PeerOverloaded, match="leaving"):
+            await served.ask(call_of(call_id=b"j" * 16))
+        assert not leaving.done()
+
+    assert (await running)[0].experts[0].outcome is Outcome.OK
+    assert await leaving
+
+
+async def test_leaving_does_not_wait_for_ever(served: Served) -> None:
+    async with Busy(served.host):
+        running = asyncio.ensure_future(served.ask(call_of()))
+        while served.host.queued_rows == 0:
+            await turns(1)
+
+        assert not await served.service.leave(timeout_s=0.01)
+
+    assert (await running)[0].experts[0].outcome is Outcome.OK
+
+
+async def test_a_stopped_host_sends_callers_to_another_peer(served: Served) -> None:
+    assert await asyncio.to_thread(served.host.close, timeout_s=5.0)
+
+    with pytest.raises(PeerOverloaded, match="leaving"):
+        await served.ask(call_of())
+
+
+async def test_a_failure_on_the_compute_thread_ends_one_call(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("the device is full")
+
+    monkeypatch.setattr(served.host._compute.bank, "forward", fail)
+    with pytest.raises(PeerUnreachable, match="failed on the call"):
+        await served.ask(call_of())
+    monkeypatch.undo()
+
+    assert (await served.ask(call_of()))[0].experts[0].outcome is Outcome.OK
+
+
+async def test_many_callers_share_the_device_and_get_their_own(served: Served) -> None:
+    calls = [
+        call_of(call_id=bytes([number]) * 16, tensors={Role.ROWS: encode(X_ND * number, Role.ROWS, Codec.RAW)})
+        for number in range(1, 9)
+    ]
+    async with Busy(served.host):
+        asked = [asyncio.ensure_future(served.ask(call)) for call in calls]
+        while served.host.queued_rows < 8 * len(X_ND):
+            await turns(1)
+
+    answers = [(await answer)[0].tensor.data for answer in asked]
+
+    alone = [(await served.ask(call))[0].tensor.data for call in calls]
+    assert [bytes(answer) for answer in answers] == [bytes(answer) for answer in alone]
+    assert len({bytes(answer) for answer in answers}) == 8
