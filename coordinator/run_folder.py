@@ -1,6 +1,7 @@
 """What a coordinator keeps on disk besides its key: the run it owns, and where it last saw members of it."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -40,6 +41,11 @@ def remember_members(folder: Path, joins: tuple[str, ...]) -> None:
 def remembered_members(folder: Path) -> tuple[JoinAddress, ...]:
     """Where members were; empty when none is known. A file that does not read is as good as none: it is a hint."""
     try:
-        return tuple(map(parse_join, _JOINS.validate_json((folder / MEMBERS_FILE).read_bytes())))
+        texts = _JOINS.validate_json((folder / MEMBERS_FILE).read_bytes())
     except (FileNotFoundError, ValueError):
         return ()
+    joins: list[JoinAddress] = []
+    for text in texts:
+        with suppress(ValueError):  # one bad line is no reason to forget the others
+            joins.append(parse_join(text))
+    return tuple(joins)

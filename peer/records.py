@@ -8,9 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from experts.uid import ExpertUid, RunId
+from experts.uid import ExpertUid
+from peer.addresses import MAX_ADDRESS_CHARS, split_address
 from peer.errors import SwarmError
 from peer.transport import Endpoint, PeerId
 
@@ -19,7 +20,19 @@ RENEW_EVERY_S = 5.0
 
 PeerState = Literal["joining", "syncing", "online", "draining", "offline"]
 PeerFlag = Literal["relayed", "paused", "quarantined"]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+"""Exact as a float too: what reads records may do arithmetic in either."""
+Rate = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+UnixSeconds = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
+
+
+def _dialable(address: str) -> str:
+    split_address(address)
+    return address
+
+
+Address = Annotated[str, Field(max_length=MAX_ADDRESS_CHARS), AfterValidator(_dialable)]
+"""HOST:PORT and nothing else: gRPC would take `unix:/path` and more from whoever announced it."""
 
 
 class _Record(BaseModel):
@@ -30,12 +43,14 @@ class HostedExpert(_Record):
     """One line of a peer's record."""
 
     uid: str
-    version: Annotated[int, Field(ge=0)]
-    claimed_at_unix_s: Annotated[Finite, Field(ge=0)]
+    version: Count
+    claimed_at_unix_s: UnixSeconds
     """When this peer claimed it; of two claims the lower (claim time, peer id) keeps it."""
-    bias: Finite = 0.0
-    share: Annotated[Finite, Field(ge=0)] = 1.0
-    rows_served: Annotated[int, Field(ge=0)] = 0
+    bias: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    """Added to probabilities, which lie between 0 and 1."""
+    share: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """Wanted load, relative to the other experts'."""
+    rows_served: Count = 0
 
     @field_validator("uid")
     @classmethod
@@ -49,12 +64,12 @@ class PeerRecord(_Record):
     peer_id: PeerId
     state: PeerState
     flags: tuple[PeerFlag, ...] = ()
-    address: str
+    address: Address
     certificate_der_b64: Annotated[str, Field(max_length=4096)]
     experts: Annotated[tuple[HostedExpert, ...], Field(max_length=4096)] = ()
     device: Annotated[str, Field(max_length=32)] = "cpu"
-    queued_rows: Annotated[int, Field(ge=0)] = 0
-    throughput_tokens_per_s: Annotated[Finite, Field(ge=0)] = 0.0
+    queued_rows: Count = 0
+    throughput_tokens_per_s: Rate = 0.0
     software_version: Annotated[str, Field(max_length=64)] = ""
 
     @field_validator("certificate_der_b64")
@@ -72,11 +87,11 @@ class TrainerRecord(_Record):
 
     peer_id: PeerId
     state: PeerState
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     loss: float | None = None
     """Bits per byte of the last step; none before the first."""
-    tokens_per_s: Annotated[Finite, Field(ge=0)] = 0.0
-    answered_share: Annotated[Finite, Field(ge=0, le=1)] = 1.0
+    tokens_per_s: Rate = 0.0
+    answered_share: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     @field_validator("loss")
     @classmethod
@@ -137,10 +152,3 @@ class RecordStore(Protocol):
     async def close(self) -> None:
         """Leave the DHT. Idempotent."""
         ...
-
-
-class RunScoped(Protocol):
-    """Whoever knows which run it belongs to."""
-
-    @property
-    def run_id(self) -> RunId: ...
