@@ -152,8 +152,16 @@ class DhtChild:
             lambda: asyncio.StreamReaderProtocol(lines), self._process.stderr
         )
         try:
-            while line := await lines.readline():
+            while line := await _read_line(lines):
                 self._last_lines.append(line.decode(errors="replace").rstrip())
                 log.debug("dht.process_said", line=self._last_lines[-1])
         finally:
             transport.close()
+
+
+async def _read_line(lines: asyncio.StreamReader) -> bytes:
+    """One line; empty at the end. Of one that is absurdly long, only that it was there."""
+    try:
+        return await lines.readline()
+    except ValueError:
+        return b"\n"

@@ -26,7 +26,7 @@ _REQUEST_TIMEOUT_S = 5.0
 _LISTEN_TIMEOUT_S = 20.0
 _JOIN_TIMEOUT_S = 15.0
 _STATUS_EVERY_S = 10.0
-_STOP_TIMEOUT_S = 2.5
+_STOP_TIMEOUT_S = 1.0
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 30.0
 _REMEMBERED_ADDRESSES = 64
@@ -142,10 +142,7 @@ class DhtSupervisor:
         is_restart = False
         while True:
             born_s = loop.time()
-            async with asyncio.TaskGroup() as tasks:
-                tending = tasks.create_task(self._tend(settings, is_restart=is_restart))
-                said = await self._child.run()
-                tending.cancel()
+            said = await self._live_once(settings, is_restart=is_restart)
             if self._closing:
                 return
             if loop.time() - born_s > _LONGEST_BACKOFF_S:
@@ -153,9 +150,21 @@ class DhtSupervisor:
             log.warning("dht.process_ended", said=said, restart_in_s=backoff_s)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
-            self._child = DhtChild.spawn()
-            await self._child.attach()
             is_restart = True
+
+    async def _live_once(self, settings: DhtSettings, *, is_restart: bool) -> str:
+        """One child's whole life, and its last words. A machine without room for a child is waited out."""
+        try:
+            if is_restart:
+                self._child = DhtChild.spawn()
+                await self._child.attach()
+        except OSError as error:
+            return f"it could not be started: {error.strerror}"
+        async with asyncio.TaskGroup() as tasks:
+            tending = tasks.create_task(self._tend(settings, is_restart=is_restart))
+            said = await self._child.run()
+            tending.cancel()
+        return said
 
     async def _tend(self, settings: DhtSettings, *, is_restart: bool) -> None:
         """Bring a restarted child up, then look after it. A child that does not answer is ended, which restarts it."""
