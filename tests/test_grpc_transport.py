@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from peer.addresses import split_address
 from peer.answering import DEFAULT_CALL_S, MAX_CALL_S
 from peer.call_stream import read_call
 from peer.certificates import Certificate, pem_of
@@ -326,6 +328,33 @@ def _has_ipv6() -> bool:
     except OSError:
         return False
     return True
+
+
+@asynccontextmanager
+async def _far_away(address: str, *, latency_s: float) -> AsyncIterator[str]:
+    """Another address of the same server, so much further off in each direction."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            await asyncio.sleep(latency_s)
+            writer.write(data)
+        writer.close()
+
+    async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            server_reader, server_writer = await asyncio.open_connection(*split_address(address))
+            await asyncio.gather(carry(reader, server_writer), carry(server_reader, writer))
+
+    async with await asyncio.start_server(meet, "127.0.0.1", 0) as relay:
+        yield f"127.0.0.1:{relay.sockets[0].getsockname()[1]}"
+
+
+async def test_a_peer_on_the_other_side_of_the_world_is_reached_at_once(world: World) -> None:
+    peer = await world.serving(echo)
+
+    async with _far_away(peer.endpoint.address, latency_s=0.15) as address:
+        assert await ask(world.member(), replace(peer.endpoint, address=address)) == [b"hello"]
+        await world.close()
 
 
 async def test_an_address_of_another_machine_cannot_be_listened_on(world: World) -> None:
