@@ -23,7 +23,7 @@ _NEWEST_SHARE = 0.2
 
 
 class Directory:
-    """`snapshot` and `observe_latency` from any thread; the rest belongs to the store's event loop."""
+    """`snapshot` from any thread; the rest belongs to the store's event loop."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Directory:
         return self._snapshot
 
     def observe_latency(self, peer_id: PeerId, seconds: float) -> None:
-        """How long a call to this peer took; the next snapshots carry the average. Two at once may lose one."""
+        """How long a call to this peer took; the next snapshots carry the average."""
         if not (math.isfinite(seconds) and seconds >= 0):
             return
         before_s = self._latencies_s.get(peer_id, seconds)

@@ -1,5 +1,6 @@
 """The report and the verdict of a local swarm, from what its members wrote down. Pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,8 @@ def find_problems(observed: Observed, summaries: Sequence[TrainerSummary]) -> li
         first, last = summary.train_bits_per_byte_first, summary.train_bits_per_byte_last
         if first is None or last is None or not last < first:
             problems.append(f"training bits per byte did not fall: {first} at first, {last} at last")
+        elif summary.gave_up is None and not (summary.val_bits_per_byte or math.inf) < first:
+            problems.append(f"held-out text costs {summary.val_bits_per_byte} bits per byte, not less than at first")
     return problems
 
 

@@ -37,7 +37,7 @@ class LocalSettings(LocalModel):
     kill_every: Annotated[float | None, Field(gt=0, title="SECONDS")] = None
     """Kill one random peer this often; it comes back 5 s later. None in the last 30 s. none: never."""
     dashboard: bool = True
-    """Serve the coordinator's page on loopback."""
+    """Say where the coordinator's page is."""
     nat: bool = False
     """Carry every peer through a relay (not built yet)."""
     latency_ms: Annotated[float | None, Field(ge=0, title="L")] = None

@@ -44,6 +44,8 @@ def test_the_report_adds_up_the_trainers() -> None:
         (observed(experts=ExpertCounts(16, 12, 0, 0)), [summary()], "12 of 16"),
         (observed(), [summary(train_bits_per_byte_last=7.5)], "did not fall"),
         (observed(), [summary(train_bits_per_byte_last=None)], "did not fall"),
+        (observed(), [summary(val_bits_per_byte=None)], "held-out"),
+        (observed(), [summary(val_bits_per_byte=7.1)], "held-out"),
         (observed(failures=("peer-1 ended with 1",)), [summary()], "peer-1"),
     ],
 )

@@ -68,6 +68,7 @@ class Ledger:
             self._calls["answered" if answered else "lost"] += 1
 
     def retried(self) -> None:
+        """A call was sent once more: a backward with its inputs, to a peer that had forgotten them."""
         with self._lock:
             self._calls["retried"] += 1
 
@@ -85,7 +86,7 @@ class Ledger:
             self._backwards[outcome] += 1
 
     def backward_repeated(self) -> None:
-        """A backward was sent once more under its id, and the peer had applied it already."""
+        """The peer had applied this backward already, and no longer has its answer. It is lost as well."""
         with self._lock:
             self._backwards["duplicate"] += 1
 

@@ -195,6 +195,8 @@ class _Exchange:
             for i, result in enumerate(results)
             if result.is_all(Outcome.MISSING_INPUTS) and not self._is_suspect(reachable[i])
         ]
+        for _ in missed:
+            self._scope.ledger.retried()
         again = self._send_backward(
             [reachable[i] for i in missed], [_with_rows(reachable[i], calls[i]) for i in missed]
         )
@@ -239,6 +241,9 @@ class _Exchange:
         """Add a backward's input gradients. They are lost when the peer failed or sent something not finite."""
         if result.is_all(Outcome.STALE):
             return BackwardOutcome.STALE
+        if result.is_all(Outcome.ALREADY_APPLIED):
+            self._scope.ledger.backward_repeated()
+            return BackwardOutcome.LOST
         tensors = [group.tensor for group in result.groups if group.tensor is not None]
         if result.failure is not None or not tensors:
             return BackwardOutcome.LOST

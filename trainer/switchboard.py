@@ -82,16 +82,16 @@ class Switchboard:
     async def _send_all(self, method: Method, calls: Sequence[Outgoing], timeout_s: float) -> list[CallResult]:
         async with asyncio.TaskGroup() as tasks:
             running = [
-                tasks.create_task(
-                    send_call(
-                        self._transport,
-                        outgoing.endpoint,
-                        method,
-                        replace(outgoing.call, timeout_s=timeout_s),
-                        outgoing.limits,
-                        timeout_s=timeout_s,
-                    )
-                )
+                tasks.create_task(self._send_one(method, replace(outgoing.call, timeout_s=timeout_s), outgoing))
                 for outgoing in calls
             ]
         return [task.result() for task in running]
+
+    async def _send_one(self, method: Method, call: Call, outgoing: Outgoing) -> CallResult:
+        started_s = time.monotonic()
+        result = await send_call(
+            self._transport, outgoing.endpoint, method, call, outgoing.limits, timeout_s=call.timeout_s
+        )
+        if result.failure is None:
+            self._directory.observe_latency(outgoing.endpoint.peer_id, time.monotonic() - started_s)
+        return result
