@@ -334,19 +334,29 @@ def _has_ipv6() -> bool:
 async def _far_away(address: str, *, latency_s: float) -> AsyncIterator[str]:
     """Another address of the same server, so much further off in each direction."""
 
+    meetings: list[asyncio.Task[None]] = []
+
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 16):
-            await asyncio.sleep(latency_s)
-            writer.write(data)
-        writer.close()
+        try:
+            while data := await reader.read(1 << 16):
+                await asyncio.sleep(latency_s)
+                writer.write(data)
+        except ConnectionError:
+            pass  # one end is gone, and so is the other
+        finally:
+            writer.close()
 
     async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            server_reader, server_writer = await asyncio.open_connection(*split_address(address))
-            await asyncio.gather(carry(reader, server_writer), carry(server_reader, writer))
+        server_reader, server_writer = await asyncio.open_connection(*split_address(address))
+        await asyncio.gather(carry(reader, server_writer), carry(server_reader, writer))
+        await asyncio.gather(writer.wait_closed(), server_writer.wait_closed(), return_exceptions=True)
 
-    async with await asyncio.start_server(meet, "127.0.0.1", 0) as relay:
+    def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        meetings.append(asyncio.create_task(meet(reader, writer)))
+
+    async with await asyncio.start_server(begin, "127.0.0.1", 0) as relay:
         yield f"127.0.0.1:{relay.sockets[0].getsockname()[1]}"
+        await asyncio.gather(*meetings)
 
 
 async def test_a_peer_on_the_other_side_of_the_world_is_reached_at_once(world: World) -> None:
