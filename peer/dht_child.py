@@ -20,8 +20,7 @@ from typing import Any, Self
 import structlog
 
 from peer.dht_frames import Frame, encode_frame, read_frame
-from peer.errors import CouldNotJoin, CouldNotListen, SwarmError
-from peer.records import RecordsUnavailable
+from peer.errors import CouldNotJoin, CouldNotListen, RecordsUnavailable, SwarmError
 
 log = structlog.get_logger()
 

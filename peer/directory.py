@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
-from peer.records import Kind, RecordStore, RecordsUnavailable, Signed
+from peer.errors import RecordsUnavailable
+from peer.records import Kind, RecordStore, Signed
 from peer.snapshot import DirectorySnapshot, take_snapshot
 from peer.transport import PeerId
 

@@ -14,6 +14,7 @@ SwarmError
 |-- CouldNotListen          the address is taken          -> exit 3
 |-- CouldNotJoin            nobody there let us in        -> exit 4
 |   `-- WrongKey            somebody else answers there   -> exit 8
+|-- RecordsUnavailable      our own DHT node is down    -> go on with what is known, ask again
 |-- FolderInUse             another daemon has the folder -> exit 3
 |-- BadConfiguration        a value, name or file given   -> exit 2, naming it
 |-- CheckpointUnusable      missing, torn or another run's -> exit 5
@@ -83,6 +84,10 @@ class CouldNotJoin(SwarmError):
 
 class WrongKey(CouldNotJoin):
     """Whoever answers there has another key than the one given."""
+
+
+class RecordsUnavailable(SwarmError):
+    """Our own way into the DHT is down or slow."""
 
 
 class FolderInUse(SwarmError):

@@ -6,8 +6,9 @@ Keeps the DHT's rules (the later expiry wins, no delete) and none of its checks:
 from collections import Counter
 
 from experts.uid import RunId
+from peer.errors import RecordsUnavailable
 from peer.identity import Identity
-from peer.records import Kind, RecordsUnavailable
+from peer.records import Kind
 from peer.sealed_store import SealedStore
 
 Place = tuple[Kind, str]

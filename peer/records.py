@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from experts.uid import ExpertUid
 from peer.addresses import MAX_ADDRESS_CHARS, split_address
-from peer.errors import SwarmError
 from peer.transport import Endpoint, PeerId
 
 RECORD_LIFETIME_S = 15.0
@@ -116,10 +115,6 @@ class Signed:
     peer_id: PeerId
     record: AnyRecord
     expires_at_unix_s: float
-
-
-class RecordsUnavailable(SwarmError):
-    """Our own way into the DHT is down or slow -> go on with what is known, ask again."""
 
 
 class RecordStore(Protocol):

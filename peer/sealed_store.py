@@ -10,8 +10,9 @@ import structlog
 
 from experts.uid import RunId
 from peer.envelope import MAX_LIFETIME_S, Rejection, kind_of, open_envelope, seal
+from peer.errors import RecordsUnavailable
 from peer.identity import Identity
-from peer.records import AnyRecord, Kind, PeerRecord, RecordsUnavailable, RunRecord, Signed, TrainerRecord
+from peer.records import AnyRecord, Kind, PeerRecord, RunRecord, Signed, TrainerRecord
 from peer.transport import PeerId
 
 log = structlog.get_logger()

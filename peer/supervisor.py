@@ -16,8 +16,8 @@ import structlog
 from experts.uid import RunId
 from peer.dht_child import DhtChild
 from peer.dht_guard import dht_key
-from peer.errors import CouldNotJoin, CouldNotListen
-from peer.records import Kind, RecordsUnavailable
+from peer.errors import CouldNotJoin, CouldNotListen, RecordsUnavailable
+from peer.records import Kind
 
 log = structlog.get_logger()
 

@@ -47,6 +47,7 @@ CODE_OF: dict[type[errors.SwarmError], ExitCode] = {
     errors.CouldNotListen: ExitCode.COULD_NOT_LISTEN,
     errors.CouldNotJoin: ExitCode.COULD_NOT_JOIN,
     errors.WrongKey: ExitCode.NOT_AUTHORISED,
+    errors.RecordsUnavailable: ExitCode.COULD_NOT_JOIN,
     errors.FolderInUse: ExitCode.COULD_NOT_LISTEN,
     errors.BadConfiguration: ExitCode.USAGE,
     errors.CheckpointUnusable: ExitCode.CHECKPOINT_UNUSABLE,

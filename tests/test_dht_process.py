@@ -18,10 +18,10 @@ from experts.uid import RunId
 from peer.dht_guard import dht_key
 from peer.directory import Directory
 from peer.envelope import seal
-from peer.errors import CouldNotJoin, CouldNotListen
+from peer.errors import CouldNotJoin, CouldNotListen, RecordsUnavailable
 from peer.hivemind_store import HivemindStore
 from peer.identity import Identity
-from peer.records import RecordsUnavailable, TrainerRecord
+from peer.records import TrainerRecord
 from peer.supervisor import DhtSettings, DhtSupervisor
 from tests.dht_traces import Traces, watched
 

@@ -11,11 +11,12 @@ import pytest_asyncio
 from experts.settings import ExpertShape
 from experts.uid import RunId
 from peer.envelope import Rejection, seal
+from peer.errors import RecordsUnavailable
 from peer.hivemind_store import HivemindStore
 from peer.identity import Identity
 from peer.manifest import RunManifest
 from peer.memory_store import MemoryBoard, MemoryStore
-from peer.records import Kind, PeerRecord, RecordStore, RecordsUnavailable, RunRecord, TrainerRecord
+from peer.records import Kind, PeerRecord, RecordStore, RunRecord, TrainerRecord
 from peer.sealed_store import SealedStore
 from peer.supervisor import DhtSettings, DhtSupervisor
 from protos.swarm_pb2 import SignedManifest

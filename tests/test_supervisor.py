@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from experts.uid import RunId
 from peer.dht_child import DhtChild
-from peer.records import RecordsUnavailable
+from peer.errors import RecordsUnavailable
 from peer.supervisor import DhtSettings, DhtSupervisor
 from tests.virtual_clock import run_virtual
 
