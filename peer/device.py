@@ -11,7 +11,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 _EXPERT_SHARE = 0.5
 """Of the free memory, for weights, moments and gradients; the rest is for activations and other programs."""
-_MAX_UNASKED = 4096
+MAX_EXPERTS = 1000
+"""A peer names all its experts in one record, and the swarm takes no larger record than theirs."""
 
 
 class DeviceUnavailable(ValueError):
@@ -46,18 +47,22 @@ class Capacity:
 
 
 def capacity(*, asked: int | None, free_bytes: int, bytes_per_expert: int) -> Capacity:
-    """An asked-for number is kept if it fits; otherwise as many as fit in half of the free memory.
+    """An asked-for number is kept if it fits; otherwise as many as fit in half of the free memory, up to MAX_EXPERTS.
 
-    Raises ValueError, with the numbers, when more was asked for than the free memory holds.
+    Raises ValueError, with the numbers, when more was asked for than the free memory or a peer's record holds.
     """
     fits = max(0, free_bytes // bytes_per_expert)
     each = f"{bytes_per_expert / 2**20:.1f} MiB each with optimiser state"
     if asked is not None:
         if asked > fits:
             raise ValueError(f"--max-experts {asked} needs more memory than is free: {fits} fit ({each})")
+        if asked > MAX_EXPERTS:
+            raise ValueError(f"--max-experts {asked} is more than one peer announces, {MAX_EXPERTS}; start more peers")
         return Capacity(asked, f"at most {asked} experts, as asked with --max-experts ({each})")
-    chosen = min(int(fits * _EXPERT_SHARE), _MAX_UNASKED)
-    return Capacity(chosen, f"room for {chosen} experts in half of the free memory ({each}); see --max-experts")
+    room = int(fits * _EXPERT_SHARE)
+    if room > MAX_EXPERTS:
+        return Capacity(MAX_EXPERTS, f"{MAX_EXPERTS} experts, the most one peer announces ({each}); see --max-experts")
+    return Capacity(room, f"room for {room} experts in half of the free memory ({each}); see --max-experts")
 
 
 def limit_compute_threads() -> None:
