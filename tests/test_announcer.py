@@ -246,16 +246,19 @@ async def test_a_peers_own_record_from_before_it_was_killed_does_not_keep_it_fro
     assert all(after.announcer._claims[uid] > claimed_before[uid] for uid in ALL)
 
 
-async def test_a_record_from_before_does_not_pass_for_the_new_one(scene: Scene) -> None:
+@pytest.mark.parametrize("max_experts", [0, 4])
+async def test_a_record_from_before_does_not_pass_for_the_new_one(scene: Scene, max_experts: int) -> None:
     identity = Identity.generate()
-    await scene.take_places(scene.joiner(identity=identity))
-    beth = scene.joiner()
-    scene.board.is_slow = True  # our new record will not be seen; nor do we see that beth's is gone
-    after = scene.joiner(identity=identity)
-    await after.directory.refresh_once(time.time())
+    await scene.take_places(scene.joiner(identity=identity, max_experts=max_experts))
+    after = scene.joiner(identity=identity, max_experts=max_experts)
+    snapshot = await after.directory.refresh_once(time.time())
 
-    assert not after.announcer._sees_us(after.directory.snapshot())
-    assert beth.claimed == []
+    await after.announcer.look(now_s=0.0)
+
+    assert len(after.claimed) == max_experts
+    assert not after.announcer._sees_us(snapshot)
+    await after.announcer.publish()
+    assert after.announcer._sees_us(await after.directory.refresh_once(time.time()))
 
 
 # ---- others leave

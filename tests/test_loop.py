@@ -96,7 +96,8 @@ def test_the_trunk_steps_along_the_mean_over_all_tokens_of_the_step() -> None:
     plain = TrunkOptimizerSettings(
         learning_rate=1.0, betas=(0.0, 0.0), eps=1e3, warmup_steps=0, weight_decay=0.0, clip_norm=1e9
     )  # so large an epsilon makes AdamW step along the gradient
-    with watched_loop(WatchedExperts(), trunk=plain) as loop:
+    router = {"preset": "mixtral", "top_k": 2, "balance": 5.0}
+    with watched_loop(WatchedExperts(), trunk=plain, router=router) as loop:
         before, model = state_of(loop), loop.model
         total = 0.0
         for index in range(3):

@@ -189,6 +189,18 @@ def test_a_lost_backward_is_a_zero_gradient_for_its_rows_and_nothing_else(
     assert all(version == 1 for uid, version in swarm.peers[0].versions().items() if uid.startswith("0."))
 
 
+def test_a_backward_whose_answer_is_not_ended_is_lost_as_a_whole(swarm: MemorySwarm) -> None:
+    plan, micro_batch, peer = plan_of(swarm), step_of(), swarm.peers[1]
+    swarm.faults.fail_at(peer.peer_id, Method.BACKWARD, 0, Fault.cut(2))  # after its gradients, before its end
+    x_TD = X_TD.clone().requires_grad_()
+
+    out_ND, _ = swarm.experts.run(x_TD, plan, 0, micro_batch)
+    out_ND.backward(PULL_ND)
+
+    assert micro_batch.scope.ledger.read().backwards["lost"] == 1
+    torch.testing.assert_close(x_TD.grad, local_gradient(swarm, plan, PULL_ND * ~pairs_at(peer, plan)[:, None]))
+
+
 def test_a_lost_backward_may_have_been_applied_but_never_twice(swarm: MemorySwarm) -> None:
     peer = swarm.peers[1]
     swarm.faults.fail_at(peer.peer_id, Method.BACKWARD, 0, Fault.ANSWER_LOST)
@@ -286,6 +298,16 @@ def test_an_output_that_is_not_finite_never_reaches_the_model(swarm: MemorySwarm
     assert counts.lost_by_reason[LossReason.NON_FINITE] == counts.pairs["lost"] > 0
     assert swarm.num_calls(peer, Method.BACKWARD) == 0
     assert_adds_up(counts)
+
+
+def test_whoever_sends_what_is_not_finite_is_suspected_and_not_asked_again_in_that_step(swarm: MemorySwarm) -> None:
+    peer, micro_batch = swarm.peers[1], step_of()
+    tell_lies(peer, Method.FORWARD, float("nan"))
+
+    swarm.experts.run(X_TD, plan_of(swarm), 0, micro_batch)
+    swarm.experts.run(X_TD, plan_of(swarm, 1), 1, micro_batch)
+
+    assert swarm.num_calls(peer, Method.FORWARD) == 1
 
 
 def test_a_gradient_that_is_not_finite_is_a_lost_backward(swarm: MemorySwarm) -> None:

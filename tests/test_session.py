@@ -91,11 +91,13 @@ def test_five_steps_and_five_more_in_a_new_process_are_ten_steps_bit_for_bit(tmp
     experts = local_experts(manifest)
     with local_training_loop(manifest, experts) as loop:
         session(loop, tmp_path / "parts", first, steps=10, manifest=manifest).run()
+    random_at_five = torch.get_rng_state()
     torch.manual_seed(99)  # a new process draws from elsewhere
     experts = carried(local_states(experts), manifest)
     with local_training_loop(manifest, experts) as loop:
         resumed = session(loop, tmp_path / "parts", second, steps=10, manifest=manifest)
         resumed.resume(load_newest(tmp_path / "parts", run=manifest))
+        assert torch.equal(torch.get_rng_state(), random_at_five)
         summary = resumed.run()
         trunk = trunk_of(loop)
 
