@@ -155,6 +155,29 @@ def test_inputs_a_peer_has_forgotten_are_sent_again_and_nothing_else_differs(swa
         "duplicate": 0,
     }
     assert set(swarm.versions().values()) == {0, 1}
+    assert micro_batch.scope.ledger.read().calls == {"sent": 3, "answered": 3, "lost": 0, "retried": 3, "hedged": 0}
+
+
+def test_a_backward_that_was_applied_and_whose_answer_is_gone_is_lost_and_said(swarm: MemorySwarm) -> None:
+    plan, micro_batch = plan_of(swarm), step_of()
+    x_TD = X_TD.clone().requires_grad_()
+    out_ND, _ = swarm.experts.run(x_TD, plan, 0, micro_batch)
+    for peer in swarm.peers:
+        compute = peer.host._compute
+        (key,) = compute._kept._kept
+        compute._applied.record(key, None, size_bytes=0, now_s=float("-inf"))
+
+    out_ND.backward(PULL_ND)
+
+    assert not x_TD.grad.any()
+    assert set(swarm.versions().values()) == {0}
+    assert micro_batch.scope.ledger.read().backwards == {
+        "sent": 3,
+        "applied": 0,
+        "lost": 3,
+        "stale": 0,
+        "duplicate": 3,
+    }
 
 
 def test_inputs_sent_again_are_of_the_pairs_that_came_back_only(swarm: MemorySwarm) -> None:
