@@ -156,7 +156,8 @@ class ExpertBank:
             graphs[together] = graph
         if keep_graph:
             pass_.graphs = graphs
-            pass_.graph_bytes = self._saved_bytes_per_row * x_ND.shape[0]
+            copied_bytes = sum(self._weights.copied_bytes(self._slots(pass_, together)) for together in graphs)
+            pass_.graph_bytes = self._saved_bytes_per_row * x_ND.shape[0] + pass_.out_ND.nbytes + copied_bytes
         return pass_
 
     def is_current(self, pass_: Pass) -> bool:
@@ -225,7 +226,7 @@ class ExpertBank:
         return [(position,) for position in busy]
 
     def _compute(self, pass_: Pass, together: tuple[int, ...], *, keep_graph: bool) -> Graph:
-        leaves = self._weights.leaves([self._hosted[pass_.uids[position]].slot for position in together])
+        leaves = self._weights.leaves(self._slots(pass_, together))
         x_ND = pass_.x_ND[pass_.span(together)].detach()
         counts = [pass_.counts[position] for position in together]
         with torch.set_grad_enabled(keep_graph):
@@ -236,6 +237,9 @@ class ExpertBank:
             else:
                 out_ND = run_one_by_one(self._kind, self._shape, x_ND, leaves, counts)
         return Graph(x_ND, tuple(leaves.values()), out_ND)
+
+    def _slots(self, pass_: Pass, positions: Iterable[int]) -> list[int]:
+        return [self._hosted[pass_.uids[position]].slot for position in positions]
 
     def _unchanged(self, pass_: Pass, positions: Iterable[int]) -> bool:
         hosted = ((self._hosted.get(pass_.uids[position]), pass_.revisions[position]) for position in positions)

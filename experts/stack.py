@@ -33,11 +33,21 @@ class TensorStack:
         refuse the graphs of all the others. `.data` has a counter of its own: whoever keeps a graph must know by
         other means whether these experts have changed.
         """
-        first = slots[0]
-        if list(slots) == list(range(first, first + len(slots))):
+        if _are_consecutive(slots):
+            first = slots[0]
             return {name: stacked[first : first + len(slots)].data for name, stacked in self._stacked.items()}
         index = torch.tensor(slots, device=next(iter(self._stacked.values())).device)
         return {name: stacked.index_select(0, index) for name, stacked in self._stacked.items()}
+
+    def copied_bytes(self, slots: Sequence[int]) -> int:
+        """What `leaves` of these slots take besides the stack."""
+        if _are_consecutive(slots):
+            return 0
+        return len(slots) * sum(stacked[0].nbytes for stacked in self._stacked.values())
+
+
+def _are_consecutive(slots: Sequence[int]) -> bool:
+    return list(slots) == list(range(slots[0], slots[0] + len(slots)))
 
 
 def num_bytes(shapes: Mapping[str, torch.Size]) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from experts.bank import ExpertBank, ExpertState, Pass
@@ -331,6 +332,33 @@ def test_the_size_is_foretold(way: tuple[str, bool]) -> None:
     shape = ExpertShape(kind=way[0], dim=DIM, hidden=16)
     assert bank.size_bytes() == 3 * ExpertBank.bytes_per_expert(shape, optimizer)
     assert ExpertBank.bytes_per_expert(shape, optimizer) == 16 * expert_kind(way[0]).num_parameters(DIM, 16)
+
+
+@pytest.mark.parametrize("uids", [(A, B), (A, C), (C, A)], ids=["neighbours", "apart", "backwards"])
+def test_what_a_graph_holds_besides_rows_and_experts_is_no_more_than_it_says(
+    way: tuple[str, bool], uids: tuple[ExpertUid, ...]
+) -> None:
+    bank = bank_of(way)
+    saved: list[Tensor] = []
+    alone = bank.forward(rows(1), (A,), (1,), keep_graph=True)  # on its weights as they lie in the bank
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        pass_ = bank.forward(rows(5), uids, (2, 3), keep_graph=True)
+
+    held = storages([*saved, *kept_by_graphs(pass_)])
+    for storage in storages([pass_.x_ND, *kept_by_graphs(alone)]):
+        held.pop(storage, None)
+
+    assert 0 < sum(held.values()) <= pass_.graph_bytes
+
+
+def kept_by_graphs(pass_: Pass) -> list[Tensor]:
+    assert pass_.graphs is not None
+    return [tensor for graph in pass_.graphs.values() for tensor in (*graph.weights, graph.out_ND)]
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes by address, each once."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def test_the_faster_way_is_taken_pass_by_pass() -> None:
