@@ -5,6 +5,7 @@ Born in this order: the DHT process, the event loop with gRPC, the compute threa
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
@@ -92,7 +93,7 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         stack.push_async_callback(_leave, service, announcer, host)
         await announcer.take_place()
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(announcer.run()), tasks.create_task(_save_regularly(host))]
+            running = [tasks.create_task(announcer.run()), tasks.create_task(_tidy_and_save_regularly(host))]
             log.info("peer.online", address=place.endpoint.address, experts=len(announcer.claimed), device=str(device))
             yield f"{place.endpoint.address}/{identity.peer_id}"
             for task in running:
@@ -169,9 +170,10 @@ def _http_content(member: Membership, announcer: Announcer, host: ExpertHost) ->
     return HttpContent(state_json, health, peer_registry(host), EventFeed(lambda: event_bytes("state", state_json())))
 
 
-async def _save_regularly(host: ExpertHost) -> None:
+async def _tidy_and_save_regularly(host: ExpertHost) -> None:
     while True:
         await asyncio.sleep(SNAPSHOT_EVERY_S)
+        await host.forget_expired(now_s=time.monotonic())
         await _save(host)
 
 

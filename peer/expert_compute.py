@@ -72,6 +72,10 @@ class ExpertCompute:
         """Memory that waits for backwards."""
         return self._kept.size_bytes
 
+    def forget_expired(self, *, now_s: float) -> None:
+        """Let go of inputs whose backward will not come. Every call does so too."""
+        self._kept.expire(now_s=now_s)
+
     def answer(self, request: Request, *, now_s: float) -> GroupReply:
         """Run one call. Raises CallRefused when its tensors are not what a correct caller sends."""
         try:

@@ -94,6 +94,11 @@ class ExpertHost:
         """The hosted experts as of the last batch; readable from any thread."""
         return self._statuses
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that waits for backwards; readable from any thread."""
+        return self._compute.kept_bytes
+
     def take_throughput(self) -> float:
         """Rows per second answered since this was last asked."""
         now_s, rows_done = time.monotonic(), self._rows_done
@@ -130,6 +135,10 @@ class ExpertHost:
             return state
 
         return await self._control(take_out)
+
+    async def forget_expired(self, *, now_s: float) -> None:
+        """Let go of inputs whose backward will not come: to be asked for now and then, when no call does."""
+        await self._control(lambda: self._compute.forget_expired(now_s=now_s))
 
     async def save_snapshot(self) -> int:
         """Write the experts' state to the folder; returns how many. Raises OSError (disk full, read-only)."""

@@ -40,6 +40,7 @@ class KeptInputs(Generic[T]):
 
     def keep(self, key: CallKey, value: T, *, size_bytes: int, now_s: float) -> None:
         """Keep `value`; one that exceeds the whole cap is not kept at all, and its backward will be a miss."""
+        self.expire(now_s=now_s)
         self.discard(key)
         if size_bytes > self._max_bytes:
             return

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -227,6 +228,17 @@ async def test_throughput_is_what_was_answered_since_it_was_last_asked(host: Exp
 
     assert host.take_throughput() > 0
     assert host.take_throughput() == 0
+
+
+async def test_inputs_that_no_backward_came_for_are_forgotten_when_it_is_time(host: ExpertHost) -> None:
+    await host.answer(Method.FORWARD, ANNE, call_of())
+    assert host.kept_bytes > 0
+
+    await host.forget_expired(now_s=time.monotonic())
+    assert host.kept_bytes > 0
+
+    await host.forget_expired(now_s=time.monotonic() + 2 * RUN.wire.step_timeout_s)
+    assert host.kept_bytes == 0
 
 
 class _SlowFolder(SnapshotFolder):

@@ -44,6 +44,14 @@ def test_what_is_too_old_is_forgotten_with_its_bytes(kept: KeptInputs[str]) -> N
     assert (len(kept), kept.size_bytes) == (0, 0)
 
 
+def test_what_is_too_old_is_forgotten_when_something_is_kept(kept: KeptInputs[str]) -> None:
+    kept.keep((ANNE, b"1"), "inputs", size_bytes=40, now_s=0.0)
+
+    kept.keep((ANNE, b"2"), "inputs", size_bytes=50, now_s=10.0)
+
+    assert (len(kept), kept.size_bytes) == (1, 50)
+
+
 def test_a_call_larger_than_the_cap_is_a_miss_and_pushes_nobody_out(kept: KeptInputs[str]) -> None:
     kept.keep((ANNE, b"1"), "small", size_bytes=40, now_s=0.0)
 
