@@ -175,7 +175,7 @@ class _LocalSwarm:
             left_s = remaining_s(
                 steps_done=self._steps_done, steps=self._steps, elapsed_s=now_s - self._training_began_s
             )
-            alive = {peer.name: peer for peer in self._peers if not peer.ended.is_set()}
+            alive = {peer.name: peer for peer in self._peers if peer.ready.done() and not peer.ended.is_set()}
             victim = plan.pick(list(alive), remaining_s=left_s, now_s=now_s)
             if victim is not None:
                 await self._kill(members, alive[victim])
