@@ -66,6 +66,8 @@ def test_waiting_for_experts_tells_whether_all_are_served(swarm: MemorySwarm) ->
     swarm.announce(swarm.peers[0])
 
     assert not member.wait_for_experts(timeout_s=0.01)
+    assert member.wait_for_experts(timeout_s=1.0, at_least=member.experts_alive())
+    assert not member.wait_for_experts(timeout_s=0.01, at_least=member.experts_alive() + 1)
     assert member.view(0).alive_E.tolist() == [False, True, True, True, True, True]
 
 

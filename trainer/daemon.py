@@ -85,7 +85,9 @@ def _train(settings: TrainSettings, swarm: Swarm, voice: "_Voice", stop: StopReq
             surroundings=Surroundings(
                 is_stopped=lambda: stop.is_requested,
                 experts_alive=swarm.experts_alive,
-                wait_for_experts=lambda timeout_s: _wait_for_experts(swarm, stop, timeout_s),
+                wait_for_experts=lambda timeout_s: _wait_for_experts(
+                    swarm, stop, timeout_s, at_least=swarm.experts_alive() + 1
+                ),
                 tell=voice.tell,
             ),
         )
@@ -102,11 +104,11 @@ def _train(settings: TrainSettings, swarm: Swarm, voice: "_Voice", stop: StopReq
     return summary
 
 
-def _wait_for_experts(swarm: Swarm, stop: StopRequest, timeout_s: float) -> bool:
-    """Block until every expert is served, at most this long and no longer than nobody asks to stop."""
+def _wait_for_experts(swarm: Swarm, stop: StopRequest, timeout_s: float, *, at_least: int | None = None) -> bool:
+    """As `Swarm.wait_for_experts`, but no longer than nobody asks to stop."""
     deadline_s = time.monotonic() + timeout_s
     while not stop.is_requested and (left_s := deadline_s - time.monotonic()) > 0:
-        if swarm.wait_for_experts(timeout_s=min(left_s, _STOP_LOOK_EVERY_S)):
+        if swarm.wait_for_experts(timeout_s=min(left_s, _STOP_LOOK_EVERY_S), at_least=at_least):
             return True
     return False
 

@@ -38,7 +38,7 @@ class Surroundings:
     is_stopped: Callable[[], bool]
     experts_alive: Callable[[], int]
     wait_for_experts: Callable[[float], bool]
-    """Block until every expert is served, at most this many seconds."""
+    """Block until more experts are served than now, or all of them, at most this many seconds."""
     tell: Callable[[StepReport], object]
 
 

@@ -70,10 +70,11 @@ class Swarm:
         except TimeoutError:  # the loop is too busy even to say no
             return False
 
-    def wait_for_experts(self, *, timeout_s: float) -> bool:
-        """Block until every expert of the run can be called; False when some cannot in time."""
+    def wait_for_experts(self, *, timeout_s: float, at_least: int | None = None) -> bool:
+        """Block until so many experts of the run (none: every one) can be called; False when they cannot in time."""
         num_experts = len(self.manifest.uids())
-        return self.wait_until(lambda snapshot: self._num_live(snapshot) == num_experts, timeout_s=timeout_s)
+        wanted = num_experts if at_least is None else min(at_least, num_experts)
+        return self.wait_until(lambda snapshot: self._num_live(snapshot) >= wanted, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Leave. Blocks for a moment."""
