@@ -71,11 +71,14 @@ def _check_paths(settings: LocalSettings, manifest: RunManifest) -> None:
 
 
 async def _until_signalled(work: Any) -> dict[str, Any] | None:
-    """Its result; None when SIGINT or SIGTERM came first, after it has cleaned up."""
+    """Its result; None when SIGINT or SIGTERM came first, after it has cleaned up.
+
+    Whoever presses Ctrl+C again waits too: the cleaning up has its own limit, and cut off it would leave things behind.
+    """
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, lambda: task.cancelling() or task.cancel())
     with contextlib.suppress(asyncio.CancelledError):
         return await task
     return None
