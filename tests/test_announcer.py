@@ -69,7 +69,7 @@ class Scene:
         host = ExpertHost(RUN, device=CPU, snapshots=None, max_experts=max_experts)
         host.start()
         store = MemoryStore(identity, RUN.run_id, self.board)
-        directory = Directory(store, refresh_every_s=0.0)
+        directory = Directory(store, refresh_every_s=0.005)  # 0 would keep the compute thread from the GIL
         place = Place(
             endpoint=Endpoint(identity.peer_id, "192.0.2.7:4701", b"certificate"),
             device="cpu",
