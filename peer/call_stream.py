@@ -5,7 +5,7 @@ tensors are decoded, on the compute thread.
 """
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import NoReturn, cast
 
 from peer.errors import MalformedMessage
@@ -36,26 +36,37 @@ async def write_call(call: Call) -> AsyncIterator[pb.CallFrame]:
         yield pb.CallFrame(chunk=chunk)
 
 
-async def read_call(frames: AsyncIterator[pb.CallFrame], limits: CallLimits, method: Method) -> Call:
+async def read_call(
+    frames: AsyncIterator[pb.CallFrame],
+    limits: CallLimits,
+    method: Method,
+    *,
+    admit: Callable[[int], None] | None = None,
+) -> Call:
     """The whole call, or CallRefused with a sentence at the first frame that cannot be part of one.
 
+    `admit` hears how many tensor bytes are to come before it takes the first, and may raise CallRefused.
     Ends when the stream ends; how long that may take is the transport's to enforce.
     """
     try:
-        return await _read_call(frames, limits, method)
+        return await _read_call(frames, limits, method, admit)
     except TensorTooLarge as error:
         raise CallRefused(Refusal.TOO_LARGE, str(error)) from None
     except MalformedMessage as error:
         raise CallRefused(Refusal.INVALID, str(error)) from None
 
 
-async def _read_call(frames: AsyncIterator[pb.CallFrame], limits: CallLimits, method: Method) -> Call:
+async def _read_call(
+    frames: AsyncIterator[pb.CallFrame], limits: CallLimits, method: Method, admit: Callable[[int], None] | None
+) -> Call:
     first = await anext(frames, None)
     if first is None or first.WhichOneof("frame") != "header":
         _malformed("a call starts with its header")
     header = first.header
     _check_header(header, limits, method)
     specs = _check_tensors(header, limits, method)
+    if admit is not None:
+        admit(sum(spec.size_bytes for spec in specs.values()))
     assembler = TensorAssembler(list(specs.values()))
     async for frame in frames:
         if frame.WhichOneof("frame") != "chunk":

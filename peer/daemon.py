@@ -29,7 +29,7 @@ from peer.http_api import Health, HttpContent, HttpServer
 from peer.identity import Identity, StateFolder
 from peer.manifest import RunManifest
 from peer.membership import Membership, membership
-from peer.messages import CallLimits
+from peer.messages import MAX_CALL_BYTES, CallLimits
 from peer.metrics import peer_registry
 from peer.reachable import listen_ip, reachable_address
 from peer.run_folder import keep_run
@@ -45,6 +45,8 @@ log = structlog.get_logger(__name__)
 
 SNAPSHOT_EVERY_S = 10.0
 LEAVE_WITHIN_S = 5.0
+_CALLS_SHARE = 0.125
+"""Of the free main memory, for the tensors of calls in progress."""
 _CALLS_GRACE_S = 1.5
 _COMPUTE_GRACE_S = 1.0
 
@@ -80,7 +82,9 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         host, device = _make_host(settings, member.manifest, snapshots)
         host.start()
         stack.push_async_callback(asyncio.to_thread, host.close, timeout_s=_COMPUTE_GRACE_S)
-        service = ExpertService(host, CallLimits.of(member.manifest), _introducer(member))
+        service = ExpertService(
+            host, CallLimits.of(member.manifest), _introducer(member), max_bytes_in_flight=_call_bytes()
+        )
         server = await member.transport.serve(service, settings.listen)
         stack.push_async_callback(server.close, 0.0)
         place = _place(settings, member, reachable_address(server.address), device, host)
@@ -126,6 +130,11 @@ def _make_host(
     log.info("peer.device", device=why)
     log.info("peer.capacity", capacity=room.reason)
     return ExpertHost(manifest, device=device, snapshots=snapshots, max_experts=room.max_experts), device
+
+
+def _call_bytes() -> int:
+    """Room for calls in progress: at least for one of the largest."""
+    return max(MAX_CALL_BYTES, int(free_memory_bytes(torch.device("cpu")) * _CALLS_SHARE))
 
 
 def _place(settings: PeerSettings, member: Membership, address: str, device: torch.device, host: ExpertHost) -> Place:

@@ -73,7 +73,7 @@ class ExpertCompute:
         return self._kept.size_bytes
 
     def forget_expired(self, *, now_s: float) -> None:
-        """Let go of inputs whose backward will not come. Every call does so too."""
+        """Let go of inputs whose backward will not come. Training calls do so too."""
         self._kept.expire(now_s=now_s)
 
     def answer(self, request: Request, *, now_s: float) -> GroupReply:

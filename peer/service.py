@@ -18,8 +18,18 @@ MAX_QUEUED_ROWS = 1 << 20
 class ExpertService:
     """Answers Info at once, and Forward and Backward through the host. Runs on the event loop."""
 
-    def __init__(self, host: ExpertHost, limits: CallLimits, introduce: Callable[[InfoRequest], InfoReply]) -> None:
+    def __init__(
+        self,
+        host: ExpertHost,
+        limits: CallLimits,
+        introduce: Callable[[InfoRequest], InfoReply],
+        *,
+        max_bytes_in_flight: int,
+    ) -> None:
+        """`max_bytes_in_flight`: tensor bytes of all calls that are being read, waiting or answered."""
         self._host = host
+        self._max_bytes_in_flight = max_bytes_in_flight
+        self._bytes_in_flight = 0
         self._limits = limits
         self._introduce = introduce
         self._leaving = False
@@ -53,16 +63,27 @@ class ExpertService:
             raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another")
         if self._host.queued_rows > MAX_QUEUED_ROWS:
             raise CallRefused(Refusal.OVERLOADED, f"{self._host.queued_rows} rows are waiting already; try later")
+        announced_bytes = 0
+
+        def admit(size_bytes: int) -> None:
+            nonlocal announced_bytes
+            if self._bytes_in_flight + size_bytes > self._max_bytes_in_flight:
+                message = f"calls in progress have {self._bytes_in_flight} of {self._max_bytes_in_flight} bytes"
+                raise CallRefused(Refusal.OVERLOADED, f"{message}, and this one needs {size_bytes}; try later")
+            self._bytes_in_flight += size_bytes
+            announced_bytes = size_bytes
+
         self._running += 1
         self._idle.clear()
         try:
-            call = await read_call(frames, self._limits, method)
+            call = await read_call(frames, self._limits, method, admit=admit)
             reply = await self._host.answer(method, context.caller, call)
             for frame in write_reply([reply]):
                 yield frame
         except ComputeThreadStopped:
             raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another") from None
         finally:
+            self._bytes_in_flight -= announced_bytes
             self._running -= 1
             if not self._running:
                 self._idle.set()

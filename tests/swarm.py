@@ -34,7 +34,7 @@ from peer.manifest import (
 )
 from peer.memory_store import MemoryBoard, MemoryStore
 from peer.memory_transport import MemoryNetwork
-from peer.messages import CallLimits
+from peer.messages import MAX_CALL_BYTES, CallLimits
 from peer.records import HostedExpert, PeerRecord, PeerState
 from peer.service import ExpertService
 from peer.transport import Endpoint, Method, PeerId
@@ -198,7 +198,9 @@ class MemorySwarm(AbstractContextManager["MemorySwarm"]):
             host._thread = _Inline(host)
         host.start()
         transport = self.network.transport(identity)
-        service = ExpertService(host, CallLimits.of(self.manifest), _introduce_nobody)
+        service = ExpertService(
+            host, CallLimits.of(self.manifest), _introduce_nobody, max_bytes_in_flight=MAX_CALL_BYTES
+        )
         server = self.run(transport.serve(service, "127.0.0.1:0"))
         self.run(host.host(hosted, {}))
         endpoint = Endpoint(identity.peer_id, server.address, transport.certificate_der)

@@ -1,6 +1,7 @@
 """The expert service between the wire and the host: who is let in, who is told to wait, and how it leaves."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from peer.service import ExpertService
 from peer.tensors import Role, encode
 from peer.transport import Endpoint, Method
 from peer.wire_codecs import Codec
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest
+from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
 from tests.swarm import CPU, DIM, seeded, tiny_run
 from tests.transport_worlds import Member, World
 
 RUN = tiny_run()
 X_ND = torch.randn(6, DIM, generator=seeded(0))
+ROOM_BYTES = 8 * X_ND.nbytes
+"""Eight calls at a time fit, and not nine."""
 
 
 @dataclass
@@ -53,7 +56,7 @@ async def served() -> AsyncIterator[Served]:
     host = ExpertHost(RUN, device=CPU, snapshots=None, max_experts=4)
     host.start()
     await host.host([ExpertUid(0, 0)], {})
-    service = ExpertService(host, CallLimits.of(RUN), introduce)
+    service = ExpertService(host, CallLimits.of(RUN), introduce, max_bytes_in_flight=ROOM_BYTES)
     server = await peer.transport.serve(service, "127.0.0.1:0")
     endpoint = Endpoint(peer.identity.peer_id, server.address, peer.transport.certificate_der)
     yield Served(host, service, endpoint, trainer)
@@ -163,6 +166,53 @@ async def test_a_full_queue_says_not_now(served: Served, monkeypatch: pytest.Mon
             await served.ask(call_of(call_id=b"j" * 16))
 
     assert (await queued)[0].experts[0].outcome is Outcome.OK
+
+
+async def test_calls_whose_bytes_have_no_room_are_told_not_now_before_they_send_them(served: Served) -> None:
+    asked_for_more = 0
+
+    async def header_only(number: int) -> AsyncIterator[CallFrame]:
+        nonlocal asked_for_more
+        async for frame in write_call(call_of(call_id=bytes([number]) * 16)):
+            yield frame
+            asked_for_more += 1
+            await asyncio.Event().wait()
+
+    def begin(number: int) -> AsyncIterator[ReplyFrame]:
+        return served.trainer.transport.call(served.endpoint, Method.FORWARD, header_only(number), timeout_s=5.0)
+
+    silent = [asyncio.ensure_future(anext(begin(number))) for number in range(8)]
+    while asked_for_more < 8:
+        await turns(1)
+
+    with pytest.raises(PeerOverloaded, match=f"{ROOM_BYTES} bytes"):
+        await anext(begin(8))
+    assert asked_for_more == 8
+    for waiting in silent:
+        waiting.cancel()
+    await asyncio.gather(*silent, return_exceptions=True)
+    assert await served.service.leave(timeout_s=1.0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tensors": {Role.ROWS: encode(X_ND * torch.nan, Role.ROWS, Codec.RAW)}}])
+async def test_room_is_given_back_when_a_call_is_over(served: Served, changes: dict) -> None:
+    for _ in range(9):
+        with contextlib.suppress(RequestRejected):
+            await served.ask(call_of(**changes))
+
+    assert (await served.ask(call_of()))[0].experts[0].outcome is Outcome.OK
+
+
+async def test_a_call_that_waits_for_the_device_takes_room(served: Served) -> None:
+    async with Busy(served.host):
+        queued = [asyncio.ensure_future(served.ask(call_of(call_id=bytes([number]) * 16))) for number in range(8)]
+        while served.host.queued_rows < 8 * len(X_ND):
+            await turns(1)
+
+        with pytest.raises(PeerOverloaded, match=f"{ROOM_BYTES} bytes"):
+            await served.ask(call_of(call_id=b"j" * 16))
+
+    assert [(await answer)[0].experts[0].outcome for answer in queued] == [Outcome.OK] * 8
 
 
 async def test_leaving_refuses_the_new_and_waits_for_the_running(served: Served) -> None:
