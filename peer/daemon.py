@@ -79,7 +79,7 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         keep_run(settings.state_dir, member.manifest)
         snapshots = SnapshotFolder(settings.state_dir / "experts")
         saved = await asyncio.to_thread(_restore, snapshots, member.manifest.run_id)
-        host, device = _make_host(settings, member.manifest, snapshots)
+        host, device = await asyncio.to_thread(_make_host, settings, member.manifest, snapshots)
         host.start()
         stack.push_async_callback(asyncio.to_thread, host.close, timeout_s=_COMPUTE_GRACE_S)
         service = ExpertService(
@@ -117,7 +117,10 @@ def _restore(snapshots: SnapshotFolder, run_id: RunId) -> Mapping[ExpertUid, Exp
 def _make_host(
     settings: PeerSettings, manifest: RunManifest, snapshots: SnapshotFolder
 ) -> tuple[ExpertHost, torch.device]:
-    """Choose the device and find out how many experts fit. Raises BadConfiguration with the numbers."""
+    """Choose the device and find out how many experts fit. Raises BadConfiguration with the numbers.
+
+    Takes a second or two of torch's first work, so not on the loop.
+    """
     try:
         device, why = choose_device(settings.device)
         room = capacity(
