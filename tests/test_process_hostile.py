@@ -27,7 +27,7 @@ from peer.tensors import Role, decode, encode
 from peer.transport import CHUNK_BYTES, Endpoint, Method
 from peer.wire_codecs import Codec
 from protos.swarm_pb2 import DTYPE_INT32, CallCredential, CallFrame, CallHeader, InfoRequest, TensorHeader
-from tests.processes import processes, start_swarm
+from tests.processes import Command, processes, start_swarm
 
 pytestmark = [pytest.mark.process, pytest.mark.hostile]
 
@@ -35,6 +35,7 @@ D = 32
 """Of the `tiny` run."""
 DEADLINE_S = 3.0
 SLACK_S = 5.0
+LEAVE_WITHIN_S = 5.0
 
 Code = grpc.StatusCode
 Frames = Sequence[bytes]
@@ -46,26 +47,24 @@ class Target:
 
     endpoint: Endpoint
     run_id: RunId
+    process: Command
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Generator[Target]:
     with processes(tmp_path_factory.mktemp("hostile")) as started:
         (peer,) = start_swarm(started, num_peers=1).peers
-        yield asyncio.run(_meet(peer.join))
-        assert peer.process.poll() is None
-        assert peer.events("call.failed") == peer.events("compute.failed") == []
-        assert peer.end() == 0, peer.log()
+        yield asyncio.run(_meet(peer))
 
 
-async def _meet(join_line: str) -> Target:
-    transport, join, nonce = GrpcTransport(Identity.generate()), parse_join(join_line), bytes(NONCE_BYTES)
+async def _meet(peer: Command) -> Target:
+    transport, join, nonce = GrpcTransport(Identity.generate()), parse_join(peer.join), bytes(NONCE_BYTES)
     try:
         reply, certificate_der = await transport.info(join.address, InfoRequest(nonce=nonce), timeout_s=30)
     finally:
         await transport.close()
     met = verify_info(reply, join=join, nonce=nonce, certificate_der=certificate_der)
-    return Target(Endpoint(met.peer_id, met.address, certificate_der), met.manifest.run_id)
+    return Target(Endpoint(met.peer_id, met.address, certificate_der), met.manifest.run_id, peer)
 
 
 # ---- calls, good and spoiled ----------------------------------------------------------------------------------------
@@ -344,6 +343,38 @@ async def test_connections_that_say_nothing_keep_nobody_out(target: Target) -> N
             writer.transport.abort()
 
 
+async def test_a_peer_leaves_in_time_though_nobody_lets_go_of_it(target: Target) -> None:
+    peer, end = target.process, threading.Event()
+    header, _ = await asyncio.to_thread(_frames, _call(target, _rows()))
+    address = peer.event("http.listening")["address"]
+    host, port = address.rsplit(":", 1)
+    begun = threading.Semaphore(0)
+
+    def never_end() -> Iterator[bytes]:
+        yield header
+        begun.release()
+        end.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        held = [tasks.create_task(_send(target, never_end(), _credential(target), timeout_s=60)) for _ in range(3)]
+        for _ in held:
+            assert await asyncio.to_thread(begun.acquire, timeout=DEADLINE_S)
+        assert await _serves(target)
+        _, page = await asyncio.open_connection(host, int(port))
+        page.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        began_s = time.monotonic()
+        code = await asyncio.to_thread(peer.end)
+        left_after_s = time.monotonic() - began_s
+        end.set()
+        page.transport.abort()
+
+    assert (code, left_after_s < LEAVE_WITHIN_S) == (0, True), peer.log()
+    assert {task.result()[0] for task in held} == {Code.UNAVAILABLE}
+    assert len(peer.events("peer.cut_off_calls")) == 1
+    assert peer.events("call.failed") == peer.events("compute.failed") == []  # in all of the above
+    assert "Traceback" not in peer.stderr
+
+
 # ---- sending --------------------------------------------------------------------------------------------------------
 
 
@@ -353,24 +384,29 @@ def _credential(target: Target, identity: Identity | None = None) -> bytes:
 
 
 async def _send(
-    target: Target, frames: Iterable[bytes], credential: bytes | None, *, method: Method = Method.FORWARD
+    target: Target,
+    frames: Iterable[bytes],
+    credential: bytes | None,
+    *,
+    method: Method = Method.FORWARD,
+    timeout_s: float = DEADLINE_S,
 ) -> tuple[grpc.StatusCode, str, float]:
     """Whatever bytes, over a channel of our own making: status, sentence, and how long that took.
 
     gRPC's blocking client: its asyncio one forgets a status that comes while it is still writing.
     """
-    return await asyncio.to_thread(_send_blocking, target, frames, credential, method)
+    return await asyncio.to_thread(_send_blocking, target, frames, credential, method, timeout_s)
 
 
 def _send_blocking(
-    target: Target, frames: Iterable[bytes], credential: bytes | None, method: Method
+    target: Target, frames: Iterable[bytes], credential: bytes | None, method: Method, timeout_s: float
 ) -> tuple[grpc.StatusCode, str, float]:
     tls = grpc.ssl_channel_credentials(pem_of(target.endpoint.certificate_der))
     options = [("grpc.ssl_target_name_override", "swarmoe"), ("grpc.max_send_message_length", -1)]
     metadata = () if credential is None else ((METADATA_KEY, credential),)
     began_s = time.monotonic()
     with grpc.secure_channel(target.endpoint.address, tls, options=options) as channel:
-        call = channel.stream_stream(f"/{SERVICE}/{method.value}")(iter(frames), metadata=metadata, timeout=DEADLINE_S)
+        call = channel.stream_stream(f"/{SERVICE}/{method.value}")(iter(frames), metadata=metadata, timeout=timeout_s)
         with contextlib.suppress(grpc.RpcError):
             for _ in call:
                 pass
