@@ -65,7 +65,10 @@ def _check_paths(settings: LocalSettings, manifest: RunManifest) -> None:
     if settings.report is not None:
         try:
             settings.report.parent.mkdir(parents=True, exist_ok=True)
+            had_report = settings.report.exists()
             settings.report.open("a").close()
+            if not had_report:
+                settings.report.unlink()  # a run that ends early leaves no empty one
         except OSError as error:
             raise BadConfiguration(f"--report {settings.report}: {error.strerror}; give another file") from error
 
