@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import structlog
 
@@ -71,6 +72,11 @@ class Announcer:
     @property
     def claimed(self) -> tuple[ExpertUid, ...]:
         return tuple(self._claims)
+
+    @property
+    def saved(self) -> Mapping[ExpertUid, ExpertState]:
+        """What experts that we do not serve had learnt when we last knew. A view that stays up to date."""
+        return MappingProxyType(self._saved)
 
     async def take_place(self) -> None:
         """Claim, host, look again, and go online with what is ours. Returns when the record that says so is out."""

@@ -97,7 +97,7 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         stack.push_async_callback(_leave, service, announcer, host)
         await announcer.take_place()
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(announcer.run()), tasks.create_task(_tidy_and_save_regularly(host))]
+            running = [tasks.create_task(announcer.run()), tasks.create_task(_tidy_and_save_regularly(host, announcer))]
             log.info("peer.online", address=place.endpoint.address, experts=len(announcer.claimed), device=str(device))
             yield f"{place.endpoint.address}/{identity.peer_id}"
             for task in running:
@@ -182,16 +182,16 @@ def _http_content(member: Membership, announcer: Announcer, host: ExpertHost) ->
     return HttpContent(state_json, health, peer_registry(host), EventFeed(lambda: event_bytes("state", state_json())))
 
 
-async def _tidy_and_save_regularly(host: ExpertHost) -> None:
+async def _tidy_and_save_regularly(host: ExpertHost, announcer: Announcer) -> None:
     while True:
         await asyncio.sleep(SNAPSHOT_EVERY_S)
         await host.forget_expired(now_s=time.monotonic())
-        await _save(host)
+        await _save(host, announcer)
 
 
-async def _save(host: ExpertHost) -> None:
+async def _save(host: ExpertHost, announcer: Announcer) -> None:
     try:
-        await host.save_snapshot()
+        await host.save_snapshot(announcer.saved)
     except SnapshotNotWritten as error:
         log.error("snapshot.not_written", reason=str(error))  # noqa: TRY400  the reason says all
 
@@ -201,4 +201,4 @@ async def _leave(service: ExpertService, announcer: Announcer, host: ExpertHost)
     await announcer.withdraw()
     if not await service.leave(timeout_s=_CALLS_GRACE_S):
         log.warning("peer.cut_off_calls", after_s=_CALLS_GRACE_S)
-    await _save(host)
+    await _save(host, announcer)

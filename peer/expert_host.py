@@ -140,12 +140,16 @@ class ExpertHost:
         """Let go of inputs whose backward will not come: to be asked for now and then, when no call does."""
         await self._control(lambda: self._compute.forget_expired(now_s=now_s))
 
-    async def save_snapshot(self) -> int:
-        """Write the experts' state to the folder; returns how many. Raises OSError (disk full, read-only)."""
+    async def save_snapshot(self, unhosted: Mapping[ExpertUid, ExpertState]) -> int:
+        """Write all experts' state to the folder; returns how many. Raises OSError (disk full, read-only).
+
+        `unhosted` are states to keep of experts that are not hosted now; where one is hosted, its present state counts.
+        """
         if self._snapshots is None:
             return 0
         bank = self._compute.bank
-        states = await self._control(lambda: {uid: bank.state(uid) for uid in bank.uids})
+        hosted = await self._control(lambda: {uid: bank.state(uid) for uid in bank.uids})
+        states = {**unhosted, **hosted}  # read only now, so that one dropped just before is among them
         if states:
             await asyncio.to_thread(self._write, self._snapshots, states)
         return len(states)

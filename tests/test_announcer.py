@@ -5,10 +5,12 @@ import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from experts.bank import ExpertState
+from experts.snapshots import KEPT_GENERATIONS, SnapshotFolder
 from experts.state import Clock
 from experts.uid import ExpertUid
 from peer.announcer import Announcer, Place
@@ -64,9 +66,10 @@ class Scene:
         max_experts: int = 10,
         pinned: Sequence[ExpertUid] | None = None,
         identity: Identity | None = None,
+        folder: SnapshotFolder | None = None,
     ) -> Joiner:
         identity = identity or Identity.generate()
-        host = ExpertHost(RUN, device=CPU, snapshots=None, max_experts=max_experts)
+        host = ExpertHost(RUN, device=CPU, snapshots=folder, max_experts=max_experts)
         host.start()
         store = MemoryStore(identity, RUN.run_id, self.board)
         directory = Directory(store, refresh_every_s=0.005)  # 0 would keep the compute thread from the GIL
@@ -124,6 +127,10 @@ async def states_learnt(scene: Scene) -> dict[ExpertUid, ExpertState]:
     teacher = scene.joiner()
     await teacher.host.host(ALL, {})
     return {uid: learnt(teacher, uid, version=5) for uid in ALL}
+
+
+def versions_on(folder: SnapshotFolder) -> dict[ExpertUid, int]:
+    return {uid: state.clock.version for uid, state in folder.load_newest(RUN.run_id).states.items()}
 
 
 # ---- joining
@@ -324,6 +331,40 @@ async def test_what_was_learnt_before_a_claim_was_lost_is_not_forgotten(scene: S
 
     assert beth.claimed == list(map(str, ALL))
     assert beth.state(ALL[0]).clock.version == 9
+
+
+async def test_a_restart_with_less_room_leaves_no_expert_of_the_disk_behind(scene: Scene, tmp_path: Path) -> None:
+    saved = await states_learnt(scene)
+    folder = SnapshotFolder(tmp_path)
+    anne = scene.joiner(saved=saved, max_experts=1, folder=folder)
+    await scene.take_places(anne)
+
+    for _ in range(2 * KEPT_GENERATIONS):
+        await anne.host.save_snapshot(anne.announcer.saved)
+
+    assert len(anne.hosted) == 1
+    assert versions_on(folder) == dict.fromkeys(ALL, 5)
+
+
+async def test_what_was_learnt_before_a_claim_was_lost_stays_on_the_disk(scene: Scene, tmp_path: Path) -> None:
+    saved = await states_learnt(scene)
+    folder = SnapshotFolder(tmp_path)
+    scene.board.is_slow = True
+    anne, beth = scene.joiner(), scene.joiner(saved=saved, folder=folder)
+    await scene.take_places(anne)
+    await scene.take_places(beth)
+    scene.board.is_slow = False
+    scene.board.spread()
+
+    looking = asyncio.ensure_future(beth.look())
+    numbers_saved = [await beth.host.save_snapshot(beth.announcer.saved)]
+    while not looking.done():
+        numbers_saved.append(await beth.host.save_snapshot(beth.announcer.saved))
+    numbers_saved.append(await beth.host.save_snapshot(beth.announcer.saved))
+
+    assert beth.claimed == beth.hosted == []
+    assert set(numbers_saved) == {len(ALL)}  # at no moment was an expert neither here nor there
+    assert versions_on(folder) == dict.fromkeys(ALL, 5)
 
 
 async def test_the_states_of_served_experts_are_not_kept_twice(scene: Scene) -> None:

@@ -120,7 +120,7 @@ async def test_an_expert_goes_on_elsewhere_exactly_where_its_snapshot_left_it(tm
     first = make_host(SnapshotFolder(tmp_path))
     await first.host(HOSTED, {})
     await teach(first, number=1)
-    assert await first.save_snapshot() == 3
+    assert await first.save_snapshot({}) == 3
 
     saved = SnapshotFolder(tmp_path).load_newest(RUN.run_id).states
     second = make_host()
@@ -139,8 +139,8 @@ async def test_an_expert_goes_on_elsewhere_exactly_where_its_snapshot_left_it(tm
 async def test_without_a_folder_and_without_experts_there_is_nothing_to_save(host: ExpertHost, tmp_path: Path) -> None:
     empty = make_host(SnapshotFolder(tmp_path))
 
-    assert await host.save_snapshot() == 0
-    assert await empty.save_snapshot() == 0
+    assert await host.save_snapshot({}) == 0
+    assert await empty.save_snapshot({}) == 0
 
     assert not SnapshotFolder(tmp_path).load_newest(RUN.run_id).states
     assert empty.close(timeout_s=5.0)
@@ -263,11 +263,11 @@ async def test_a_save_that_was_given_up_is_over_before_the_next_begins(tmp_path:
     folder = _SlowFolder(tmp_path)
     host = make_host(folder)
     await host.host(HOSTED, {})
-    given_up = asyncio.ensure_future(host.save_snapshot())
+    given_up = asyncio.ensure_future(host.save_snapshot({}))
     await asyncio.to_thread(folder.entered.wait, 10.0)
     given_up.cancel()
 
-    last = asyncio.ensure_future(host.save_snapshot())
+    last = asyncio.ensure_future(host.save_snapshot({}))
     await host.answer(Method.FORWARD, ANNE, call_of())  # by now the states have been copied
     await asyncio.to_thread(int)  # and their writer has begun
     folder.go_on.set()
