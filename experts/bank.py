@@ -85,6 +85,9 @@ class ExpertBank:
         """The hosted experts, in the order they came."""
         return tuple(self._hosted)
 
+    def __contains__(self, uid: ExpertUid) -> bool:
+        return uid in self._hosted
+
     def size_bytes(self) -> int:
         """Memory held now: stacks, free slots included, and gathered gradients."""
         gathered = [hosted.gathered.gradients for hosted in self._hosted.values() if hosted.gathered is not None]

@@ -35,6 +35,11 @@ class Request:
     def key(self) -> CallKey:
         return self.caller, self.call.call_id
 
+    @property
+    def uids(self) -> tuple[ExpertUid, ...]:
+        """The experts it names, hosted or not."""
+        return _uids(self.call)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -86,7 +91,7 @@ class ExpertCompute:
             raise CallRefused(Refusal.INVALID, str(error)) from None
 
     def _forward(self, key: CallKey, call: Call, now_s: float) -> GroupReply:
-        hosted = self._rows(call).only({uid for uid in _uids(call) if self._hosts(uid)})
+        hosted = self._rows(call).only({uid for uid in _uids(call) if uid in self.bank})
         rows, run = self._run_finite(hosted, keep_graph=call.is_training)
         outcomes = (
             dict.fromkeys(_uids(call), Outcome.UNKNOWN_EXPERT)
@@ -167,17 +172,14 @@ class ExpertCompute:
         return tensor.to(self._device)
 
     def _admit(self, uid: ExpertUid, version_seen: int) -> Outcome:
-        if not self._hosts(uid):
+        if uid not in self.bank:
             return Outcome.UNKNOWN_EXPERT
         return Outcome.STALE if self.bank.version(uid) - version_seen > self._max_staleness else Outcome.OK
-
-    def _hosts(self, uid: ExpertUid) -> bool:
-        return uid in self.bank.uids
 
     def _reply(self, call: Call, outcomes: dict[ExpertUid, Outcome], tensor: WireTensor | None) -> GroupReply:
         if Outcome.OK not in outcomes.values():
             tensor = None  # every expert of the call threw its gradient away
-        versions = {uid: self.bank.version(uid) if self._hosts(uid) else 0 for uid in outcomes}
+        versions = {uid: self.bank.version(uid) if uid in self.bank else 0 for uid in outcomes}
         return GroupReply(tuple(ExpertOutcome(uid.index, outcomes[uid], versions[uid]) for uid in _uids(call)), tensor)
 
 

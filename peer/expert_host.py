@@ -72,7 +72,8 @@ class ExpertHost:
         self._thread: ComputeThread[Request | _Control, object] = ComputeThread(
             self._run_batch, max_tokens=_MAX_BATCH_TOKENS
         )
-        self._statuses: tuple[ExpertStatus, ...] = ()
+        self._statuses: dict[ExpertUid, ExpertStatus] = {}
+        """A new one when experts come or go; else its values alone change, so that others may read it meanwhile."""
         self._saving = threading.Lock()
         self._rows_done = 0
         """Written by the compute thread alone."""
@@ -91,8 +92,8 @@ class ExpertHost:
 
     @property
     def statuses(self) -> tuple[ExpertStatus, ...]:
-        """The hosted experts as of the last batch; readable from any thread."""
-        return self._statuses
+        """The hosted experts as of the last call; readable from any thread."""
+        return tuple(self._statuses.values())
 
     @property
     def kept_bytes(self) -> int:
@@ -163,12 +164,17 @@ class ExpertHost:
         return cast("T", await self._thread.submit(_Control(action), num_tokens=0))
 
     def _run_batch(self, works: Sequence[Request | _Control]) -> Iterator[object | Exception]:
-        bank, served = self._compute.bank, self._compute.rows_served
         for work in works:
             result = self._run(work)
-            self._rows_done += work.call.num_pairs if isinstance(work, Request) else 0
-            self._statuses = tuple(ExpertStatus(uid, bank.version(uid), served[uid]) for uid in bank.uids)
+            if isinstance(work, Request):
+                self._rows_done += work.call.num_pairs
+                self._statuses.update({uid: self._status(uid) for uid in work.uids if uid in self._statuses})
+            else:
+                self._statuses = {uid: self._status(uid) for uid in self._compute.bank.uids}
             yield result
+
+    def _status(self, uid: ExpertUid) -> ExpertStatus:
+        return ExpertStatus(uid, self._compute.bank.version(uid), self._compute.rows_served[uid])
 
     def _run(self, work: Request | _Control) -> object | Exception:
         try:

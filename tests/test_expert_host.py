@@ -108,6 +108,16 @@ async def test_hosted_experts_are_in_the_statuses_as_of_the_last_call(host: Expe
     ]
 
 
+async def test_a_call_renews_the_statuses_of_its_own_experts_alone(host: ExpertHost) -> None:
+    before = host.statuses
+
+    await teach(host)
+    await host.answer(Method.FORWARD, ANNE, call_of(4, number=2))  # which is not hosted
+
+    assert host.statuses[0] != before[0]
+    assert [now is then for now, then in zip(host.statuses, before, strict=True)] == [False, True, True]
+
+
 async def test_a_fresh_expert_is_the_same_wherever_it_is_hosted(host: ExpertHost) -> None:
     other = make_host()
     await other.host([HOSTED[1]], {})

@@ -312,6 +312,15 @@ def test_adding_and_removing_disturbs_neither_other_experts_nor_their_graphs(way
     assert all(identical(bank.state(uid), oracle.state(uid)) for uid in (A, C))
 
 
+def test_a_bank_knows_whom_it_hosts(way: tuple[str, bool]) -> None:
+    bank = bank_of(way, (A, B))
+    bank.remove(B)
+
+    assert A in bank
+    assert B not in bank
+    assert C not in bank
+
+
 def test_a_slot_used_again_starts_with_a_fresh_expert(way: tuple[str, bool]) -> None:
     bank = bank_of(way)
     learn(bank, (B,), (3,))
