@@ -146,6 +146,11 @@ def _place(settings: PeerSettings, member: Membership, address: str, device: tor
     unknown = set(pinned or ()) - set(all_uids)
     if unknown:
         raise BadConfiguration(f"--experts: this run has no expert {min(unknown)}; they go from 0.0 to {all_uids[-1]}")
+    if len(pinned or ()) > host.max_experts:
+        raise BadConfiguration(
+            f"--experts names {len(pinned or ())} experts and this peer has room for {host.max_experts}; name fewer, or"
+            " see --max-experts"
+        )
     return Place(
         endpoint=Endpoint(member.identity.peer_id, address, member.transport.certificate_der),
         device=str(device),

@@ -148,6 +148,11 @@ MISTAKES: dict[str, tuple[Callable[[Scene], Command], int, str]] = {
     "no key": (_no_key, 2, "is not a private key"),
     "no folder": (_no_folder, 2, "cannot hold our state"),
     "no such expert": (_peer("expert", "--experts=0.9"), 2, "this run has no expert 0.9"),
+    "more experts than room": (
+        _peer("room", "--experts=0.0-0.2", "--max-experts=2"),
+        2,
+        "--experts names 3 experts and this peer has room for 2",
+    ),
     "too many experts": (_peer("many", "--max-experts=1000000000"), 2, "needs more memory than is free"),
 }
 
@@ -209,6 +214,21 @@ def test_a_trainer_that_waits_for_experts_leaves_when_asked(scene: Scene) -> Non
     trainer.line("joined: ")
 
     assert trainer.end(signal.SIGTERM, timeout_s=10) == 0, trainer.log()
+
+
+def test_a_peer_with_less_room_than_before_keeps_the_experts_it_no_longer_hosts(scene: Scene) -> None:
+    manifest = scene.manifest
+    bank = ExpertBank(manifest.expert, manifest.expert_optimizer, device=torch.device("cpu"), seed=manifest.seed)
+    for uid in manifest.uids():
+        bank.add(uid)
+    folder = SnapshotFolder(scene.processes.folder / "shrunk" / "experts")
+    folder.save({uid: bank.state(uid) for uid in bank.uids}, manifest.run_id)
+
+    peer = scene.processes.peer(scene.join, "--max-experts=1", name="shrunk")
+
+    assert peer.join
+    assert peer.end() == 0
+    assert folder.load_newest(manifest.run_id).states.keys() == set(manifest.uids())
 
 
 def test_a_peer_falls_back_to_the_older_snapshot_and_says_so(scene: Scene) -> None:
