@@ -100,6 +100,11 @@ class ExpertHost:
         """Memory that waits for backwards; readable from any thread."""
         return self._compute.kept_bytes
 
+    @property
+    def recomputed_backwards(self) -> int:
+        """Backwards whose outputs had to be computed again; readable from any thread."""
+        return self._compute.recomputed
+
     def take_throughput(self) -> float:
         """Rows per second answered since this was last asked."""
         now_s, rows_done = time.monotonic(), self._rows_done

@@ -19,6 +19,12 @@ class PeerCollector(Collector):
         statuses = self._host.statuses
         yield GaugeMetricFamily("swarmoe_hosted_experts", "Experts this peer hosts.", value=len(statuses))
         yield GaugeMetricFamily("swarmoe_queued_rows", "Rows waiting for the device.", value=self._host.queued_rows)
+        yield GaugeMetricFamily("swarmoe_kept_bytes", "Memory waiting for backwards.", value=self._host.kept_bytes)
+        yield CounterMetricFamily(
+            "swarmoe_recomputed_backwards",
+            "Backwards whose outputs were computed again.",
+            value=self._host.recomputed_backwards,
+        )
         served = CounterMetricFamily("swarmoe_rows_served", "Rows answered in training.", labels=["uid"])
         steps = CounterMetricFamily("swarmoe_expert_steps", "Optimiser steps taken.", labels=["uid"])
         for status in statuses:

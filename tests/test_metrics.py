@@ -1,0 +1,61 @@
+"""What a peer measures of itself, as Prometheus reads it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+
+from experts.uid import ExpertUid
+from peer.expert_host import ExpertHost
+from peer.messages import Call, ExpertRows, Mode
+from peer.metrics import peer_registry
+from peer.tensors import Role, encode
+from peer.transport import Method, PeerId
+from peer.wire_codecs import Codec
+from tests.swarm import CPU, DIM, seeded, tiny_run
+
+RUN = tiny_run()
+X_ND = torch.randn(6, DIM, generator=seeded(0))
+ANNE = PeerId("anne")
+
+
+@pytest.fixture
+async def host() -> AsyncIterator[ExpertHost]:
+    host = ExpertHost(RUN, device=CPU, snapshots=None, max_experts=4)
+    host.start()
+    await host.host([ExpertUid(0, 0)], {})
+    yield host
+    assert await asyncio.to_thread(host.close, timeout_s=5.0)
+
+
+def call_of(number: int, role: Role) -> Call:
+    return Call(
+        call_id=number.to_bytes(16, "big"),
+        run_id=RUN.run_id,
+        mode=Mode.TRAIN,
+        layer=0,
+        experts=(ExpertRows(0, len(X_ND)),),
+        reply_codec=Codec.RAW,
+        timeout_s=5.0,
+        tensors={role: encode(X_ND, role, Codec.RAW)},
+        loss_tokens=6.0 if role is Role.GRADIENTS else 0.0,
+    )
+
+
+async def test_kept_bytes_and_backwards_computed_again_are_told(host: ExpertHost) -> None:
+    registry = peer_registry(host)
+    told_kept_bytes: list[float | None] = []
+
+    for number in (1, 2):
+        await host.answer(Method.FORWARD, ANNE, call_of(number, Role.ROWS))
+        told_kept_bytes.append(registry.get_sample_value("swarmoe_kept_bytes"))
+    for number in (1, 2):  # by the second, the first has changed the expert
+        await host.answer(Method.BACKWARD, ANNE, call_of(number, Role.GRADIENTS))
+
+    assert told_kept_bytes[0]
+    assert told_kept_bytes[1] == 2 * told_kept_bytes[0]
+    assert registry.get_sample_value("swarmoe_kept_bytes") == 0
+    assert registry.get_sample_value("swarmoe_recomputed_backwards_total") == 1
+    assert registry.get_sample_value("swarmoe_rows_served_total", {"uid": "0.0"}) == 12
+    assert registry.get_sample_value("swarmoe_expert_steps_total", {"uid": "0.0"}) == 2
