@@ -37,8 +37,9 @@ FLAGS = {
 }
 
 
-def every_error(root: type[errors.SwarmError] = errors.SwarmError) -> list[type[errors.SwarmError]]:
-    return [root, *(found for child in root.__subclasses__() for found in every_error(child))]
+def every_error() -> list[type[errors.SwarmError]]:
+    """Those of the table in peer/errors.py; what modules derive for themselves they also catch."""
+    return [error for error in vars(errors).values() if isinstance(error, type)]
 
 
 @pytest.fixture(autouse=True)
@@ -158,9 +159,7 @@ def test_config_show_lists_presets_and_routers(capsys: pytest.CaptureFixture[str
 
 
 def test_every_error_has_an_exit_code_of_its_own_line() -> None:
-    defined = {error for error in every_error() if error.__module__ == errors.__name__}
-
-    assert defined == CODE_OF.keys()
+    assert set(every_error()) == CODE_OF.keys()
 
 
 @pytest.mark.parametrize("error", every_error())
