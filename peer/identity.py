@@ -119,9 +119,7 @@ class StateFolder:
         except BlockingIOError:
             holder = os.pread(self._lock_fd, 32, 0).decode(errors="replace").strip() or "unknown"
             self.close()
-            raise FolderInUse(
-                f"{path} is held by process {holder}; stop it, or give this one another --state-dir"
-            ) from None
+            raise FolderInUse(f"{path} is held by process {holder}; stop it, or give this one another folder") from None
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
 

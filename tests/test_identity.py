@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from peer.certificates import SERVER_NAME, Certificate, sha256_of
 from peer.credentials import CLOCK_SKEW_S, LIFETIME_S, CredentialChecker, CredentialIssuer, issue
-from peer.errors import FolderInUse
+from peer.errors import BadConfiguration, FolderInUse
 from peer.identity import Domain, Identity, StateFolder, peer_id_of, public_key_of, verify
 from peer.transport import CallRefused, Endpoint, PeerId, Refusal
 from protos.swarm_pb2 import CallCredential
@@ -117,7 +117,7 @@ def test_a_file_that_holds_no_ed25519_key_is_refused_and_left_alone(tmp_path: Pa
 def test_a_state_folder_has_one_daemon_and_the_second_learns_its_pid(tmp_path: Path) -> None:
     with (
         StateFolder(tmp_path / "new"),
-        pytest.raises(FolderInUse, match=rf"held by process {os.getpid()}; .*--state-dir"),
+        pytest.raises(FolderInUse, match=rf"held by process {os.getpid()}; .*another folder"),
     ):
         StateFolder(tmp_path / "new")
 
@@ -250,3 +250,14 @@ def test_a_credential_with_one_field_changed_is_refused_for_it(
         setattr(credential, name, value)
 
     assert reason in gate.refusal_of(credential.SerializeToString())
+
+
+def test_a_state_folder_that_is_a_file_or_holds_no_key_is_a_mistake_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "identity.key").write_text("what is this")
+    (tmp_path / "identity.key").chmod(0o600)
+
+    with pytest.raises(BadConfiguration, match="cannot hold our state"):
+        StateFolder(tmp_path / "file")
+    with StateFolder(tmp_path) as folder, pytest.raises(BadConfiguration, match="not a private key"):
+        folder.identity()
