@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,9 +240,11 @@ class Swarm:
     def join(self) -> str:
         return self.coordinator.join
 
-    @property
-    def page(self) -> str:
-        return self.coordinator.event("coordinator.ready")["dashboard"]
+    def state(self) -> dict[str, Any]:
+        """As the coordinator sees it."""
+        page = self.coordinator.event("coordinator.ready")["dashboard"]
+        with urllib.request.urlopen(f"{page}api/state", timeout=10) as answer:
+            return json.load(answer)
 
 
 def start_swarm(started: Processes, *run: object, num_peers: int) -> Swarm:
@@ -249,9 +252,9 @@ def start_swarm(started: Processes, *run: object, num_peers: int) -> Swarm:
     coordinator = started.coordinator(*run)
     each = 4 // num_peers
     peers = [started.peer(coordinator.join, f"--max-experts={each}", name=f"peer-{n}") for n in range(num_peers)]
-    for peer in peers:
-        assert peer.join
-    return Swarm(started, coordinator, peers)
+    swarm = Swarm(started, coordinator, peers)
+    until(lambda: all(peer.join for peer in peers) and not swarm.state()["uncovered"], what="the swarm")
+    return swarm
 
 
 def until(find: Callable[[], T | None], *, timeout_s: float = READY_WITHIN_S, what: str = "it") -> T:

@@ -65,6 +65,7 @@ def test_killed_without_warning_its_members_end_by_themselves(sudden_death: Sudd
     assert "swarmoe-local-" in folder  # nobody was left to remove it
 
 
+@pytest.mark.timeout(240)
 def test_peers_are_killed_and_come_back_and_the_report_adds_up(started: Processes, sudden_death: SuddenDeath) -> None:
     path, steps = started.folder / "runs" / "report.json", round(22 * sudden_death.steps_per_s)
 
@@ -72,7 +73,7 @@ def test_peers_are_killed_and_come_back_and_the_report_adds_up(started: Processe
         *("local", "--preset=tiny", "--peers=2", f"--steps={steps}", "--seed=3", *_SLOWED),
         *("--kill-every=10", f"--report={path}", "--no-dashboard"),
         constants={"swarmoe.local_kills.QUIET_END_S": 4.0},  # 30 s would make a test of a minute
-        timeout_s=110,
+        timeout_s=220,
     )
 
     assert code == 0, local.log()

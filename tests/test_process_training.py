@@ -112,13 +112,12 @@ def test_a_folder_has_one_daemon(swarm: Swarm) -> None:
 
 def test_a_peer_that_is_told_to_leave_says_goodbye_and_keeps_what_it_learnt(swarm: Swarm) -> None:
     leaver, other = swarm.peers
-    state_url = swarm.page
     held = _get(leaver, "api/state")
 
     began_s = time.monotonic()
     code = leaver.end(signal.SIGTERM)
     left_after_s = time.monotonic() - began_s
-    until(lambda: len(_json(f"{state_url}api/state")["peers"]) == 1, timeout_s=LEAVE_WITHIN_S, what="the tombstone")
+    until(lambda: len(swarm.state()["peers"]) == 1, timeout_s=LEAVE_WITHIN_S, what="the tombstone")
     _, status = swarm.processes.run("status", f"--join={other.join}", "--json")
 
     assert (code, left_after_s < LEAVE_WITHIN_S) == (0, True), leaver.log()
@@ -137,11 +136,6 @@ def _read(peer: Command, path: str) -> str:
     address = peer.event("http.listening")["address"]
     with urllib.request.urlopen(f"http://{address}/{path}", timeout=10) as answer:
         return answer.read().decode()
-
-
-def _json(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return json.load(answer)
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
