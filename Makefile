@@ -13,7 +13,7 @@ export OMP_NUM_THREADS := 1
 .PHONY: demo test lint protos
 
 demo: .venv/installed
-	$(BIN)/swarmoe local --preset demo --seed 0 --peers 4 --trainers 1 --kill-every 45 --report runs/demo.json
+	$(BIN)/swarmoe local --preset demo --seed 0 --peers 4 --trainers 1 --kill-every 35 --report runs/demo.json
 
 test: lint .venv-protobuf7/installed
 	.venv-protobuf7/bin/python -m tests.protobuf7
