@@ -84,7 +84,8 @@ def test_it_says_one_line_and_leaves_in_time_and_leaves_nothing_behind(
     coordinator = daemons.start("coordinator", "--preset", "tiny", name="owner")
     assert re.fullmatch(r"127\.0\.0\.1:\d+/[a-z2-7]{52}", coordinator.join)
     children = psutil.Process(coordinator.process.pid).children(recursive=True)
-    sockets = [Path(argument) for child in children for argument in child.cmdline() if argument.startswith("/tmp/swarmoe-")]
+    arguments = [argument for child in children for argument in child.cmdline()]
+    sockets = [Path(argument) for argument in arguments if argument.startswith("/tmp/swarmoe-")]
     assert children
     assert sockets
 
