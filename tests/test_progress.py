@@ -1,5 +1,6 @@
 """What a watcher sees on a terminal and in a pipe, and what the metrics file keeps."""
 
+import contextlib
 import io
 import json
 import math
@@ -118,9 +119,17 @@ def watch_on_a_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> 
         progress.note("a [bold]peer[/bold] left")
         progress.close()
         progress.close()
-        sent = os.read(leader, 1 << 16)
-    os.close(leader)
-    return sent.decode()
+    return _read_to_the_end(leader).decode()
+
+
+def _read_to_the_end(leader: int) -> bytes:
+    """All that came through: a terminal hands it on in its own time, and ends with EIO once nobody writes any more."""
+    with os.fdopen(leader, "rb", buffering=0) as terminal:
+        sent = b""
+        with contextlib.suppress(OSError):
+            while part := terminal.read(1 << 16):
+                sent += part
+        return sent
 
 
 def test_a_terminal_gets_a_live_bar_and_notes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
