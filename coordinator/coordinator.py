@@ -85,6 +85,10 @@ class Coordinator:
     async def look(self) -> None:
         """Read the records once and tell everybody who watches what changed."""
         snapshot = await self._directory.refresh_once(self._clock())
+        members = _joins(snapshot)
+        if members and members != self._members:  # of an empty swarm the last members are the best hint
+            self._members = members
+            await self._remember(members)  # first: whoever is shown is found again, however this process ends
         before = self._state.model_copy(update={"at_unix_s": snapshot.taken_at_unix_s})
         change = self._monitor.observe(swarm_state(snapshot, self._manifest))
         self._state = change.state
@@ -93,10 +97,6 @@ class Coordinator:
                 log.log(WARNING if event.tone == "bad" else INFO, event.name, text=event.text)
         if change.state != before:
             self._feed.publish(event_bytes("update", change.model_dump_json()))
-        members = _joins(snapshot)
-        if members and members != self._members:  # of an empty swarm the last members are the best hint
-            self._members = members
-            await self._remember(members)
 
     async def run(self) -> None:
         """Look and renew until cancelled."""
