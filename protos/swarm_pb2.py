@@ -24,23 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/swarm.proto\x12\nswarmoe.v1\"\x1c\n\x0bInfoRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"|\n\tInfoReply\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x18\n\x10software_version\x18\x03 \x01(\t\x12\x17\n\x0fsigned_manifest\x18\x04 \x01(\x0c\x12\x15\n\rdht_addresses\x18\x05 \x03(\t\":\n\x0eSignedManifest\x12\x15\n\rmanifest_json\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x98\x01\n\x0e\x43\x61llCredential\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x19\n\x11server_public_key\x18\x02 \x01(\x0c\x12\x1a\n\x12\x63\x65rtificate_sha256\x18\x03 \x01(\x0c\x12\x19\n\x11\x65xpires_at_unix_s\x18\x04 \x01(\x03\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\x11\n\tsignature\x18\x06 \x01(\x0c\"\x81\x01\n\x0cSignedRecord\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x19\n\x11\x65xpires_at_unix_s\x18\x04 \x01(\x01\x12\x11\n\tbody_json\x18\x05 \x01(\x0c\x12\x11\n\tsignature\x18\x06 \x01(\x0c\"\x95\x01\n\x0cTensorHeader\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.swarmoe.v1.Role\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.swarmoe.v1.DType\x12 \n\x05\x63odec\x18\x03 \x01(\x0e\x32\x11.swarmoe.v1.Codec\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\">\n\nExpertRows\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x81\x02\n\nCallHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x1e\n\x04mode\x18\x03 \x01(\x0e\x32\x10.swarmoe.v1.Mode\x12\r\n\x05layer\x18\x04 \x01(\r\x12\'\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x16.swarmoe.v1.ExpertRows\x12&\n\x0breply_codec\x18\x06 \x01(\x0e\x32\x11.swarmoe.v1.Codec\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x13\n\x0bloss_tokens\x18\x08 \x01(\x01\x12)\n\x07tensors\x18\t \x03(\x0b\x32\x18.swarmoe.v1.TensorHeader\"O\n\tCallFrame\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.swarmoe.v1.CallHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"U\n\rExpertOutcome\x12\r\n\x05index\x18\x01 \x01(\r\x12$\n\x07outcome\x18\x02 \x01(\x0e\x32\x13.swarmoe.v1.Outcome\x12\x0f\n\x07version\x18\x03 \x01(\x03\"b\n\nGroupReply\x12*\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x19.swarmoe.v1.ExpertOutcome\x12(\n\x06tensor\x18\x02 \x01(\x0b\x32\x18.swarmoe.v1.TensorHeader\"\t\n\x07\x43\x61llEnd\"s\n\nReplyFrame\x12\'\n\x05group\x18\x01 \x01(\x0b\x32\x16.swarmoe.v1.GroupReplyH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\"\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x13.swarmoe.v1.CallEndH\x00\x42\x07\n\x05\x66rame*B\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT32\x10\x02*=\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02*}\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_ROWS\x10\x01\x12\x12\n\x0eROLE_ROW_INDEX\x10\x02\x12\x12\n\x0eROLE_GRADIENTS\x10\x03\x12\x10\n\x0cROLE_OUTPUTS\x10\x04\x12\x16\n\x12ROLE_ROW_GRADIENTS\x10\x05*;\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0e\n\nMODE_TRAIN\x10\x01\x12\r\n\tMODE_EVAL\x10\x02*\xc8\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nOUTCOME_OK\x10\x01\x12\x14\n\x10OUTCOME_DECLINED\x10\x02\x12\x1a\n\x16OUTCOME_UNKNOWN_EXPERT\x10\x03\x12\x11\n\rOUTCOME_STALE\x10\x04\x12\x1a\n\x16OUTCOME_MISSING_INPUTS\x10\x05\x12\x1b\n\x17OUTCOME_ALREADY_APPLIED\x10\x06\x12\x16\n\x12OUTCOME_NON_FINITE\x10\x07\x32\xbd\x01\n\x06\x45xpert\x12\x36\n\x04Info\x12\x17.swarmoe.v1.InfoRequest\x1a\x15.swarmoe.v1.InfoReply\x12<\n\x07\x46orward\x12\x15.swarmoe.v1.CallFrame\x1a\x16.swarmoe.v1.ReplyFrame(\x01\x30\x01\x12=\n\x08\x42\x61\x63kward\x12\x15.swarmoe.v1.CallFrame\x1a\x16.swarmoe.v1.ReplyFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/swarm.proto\x12\nswarmoe.v1\"\x1c\n\x0bInfoRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"|\n\tInfoReply\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x18\n\x10software_version\x18\x03 \x01(\t\x12\x17\n\x0fsigned_manifest\x18\x04 \x01(\x0c\x12\x15\n\rdht_addresses\x18\x05 \x03(\t\":\n\x0eSignedManifest\x12\x15\n\rmanifest_json\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x98\x01\n\x0e\x43\x61llCredential\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x19\n\x11server_public_key\x18\x02 \x01(\x0c\x12\x1a\n\x12\x63\x65rtificate_sha256\x18\x03 \x01(\x0c\x12\x19\n\x11\x65xpires_at_unix_s\x18\x04 \x01(\x03\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\x11\n\tsignature\x18\x06 \x01(\x0c\"\x81\x01\n\x0cSignedRecord\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x19\n\x11\x65xpires_at_unix_s\x18\x04 \x01(\x01\x12\x11\n\tbody_json\x18\x05 \x01(\x0c\x12\x11\n\tsignature\x18\x06 \x01(\x0c\"\x95\x01\n\x0cTensorHeader\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.swarmoe.v1.Role\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.swarmoe.v1.DType\x12 \n\x05\x63odec\x18\x03 \x01(\x0e\x32\x11.swarmoe.v1.Codec\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\">\n\nExpertRows\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x90\x02\n\nCallHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x1e\n\x04mode\x18\x03 \x01(\x0e\x32\x10.swarmoe.v1.Mode\x12\r\n\x05layer\x18\x04 \x01(\r\x12\'\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x16.swarmoe.v1.ExpertRows\x12&\n\x0breply_codec\x18\x06 \x01(\x0e\x32\x11.swarmoe.v1.Codec\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x13\n\x0bloss_tokens\x18\x08 \x01(\x01\x12)\n\x07tensors\x18\t \x03(\x0b\x32\x18.swarmoe.v1.TensorHeader\x12\r\n\x05score\x18\n \x01(\x02\"\"\n\x0bProbeHeader\x12\x13\n\x0breply_bytes\x18\x01 \x01(\r\"y\n\tCallFrame\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.swarmoe.v1.CallHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12(\n\x05probe\x18\x03 \x01(\x0b\x32\x17.swarmoe.v1.ProbeHeaderH\x00\x42\x07\n\x05\x66rame\"U\n\rExpertOutcome\x12\r\n\x05index\x18\x01 \x01(\r\x12$\n\x07outcome\x18\x02 \x01(\x0e\x32\x13.swarmoe.v1.Outcome\x12\x0f\n\x07version\x18\x03 \x01(\x03\"b\n\nGroupReply\x12*\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x19.swarmoe.v1.ExpertOutcome\x12(\n\x06tensor\x18\x02 \x01(\x0b\x32\x18.swarmoe.v1.TensorHeader\"\t\n\x07\x43\x61llEnd\"s\n\nReplyFrame\x12\'\n\x05group\x18\x01 \x01(\x0b\x32\x16.swarmoe.v1.GroupReplyH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\"\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x13.swarmoe.v1.CallEndH\x00\x42\x07\n\x05\x66rame*B\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT32\x10\x02*]\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02\x12\x0e\n\nCODEC_FP16\x10\x03\x12\x0e\n\nCODEC_INT8\x10\x04*\x8f\x01\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_ROWS\x10\x01\x12\x12\n\x0eROLE_ROW_INDEX\x10\x02\x12\x12\n\x0eROLE_GRADIENTS\x10\x03\x12\x10\n\x0cROLE_OUTPUTS\x10\x04\x12\x16\n\x12ROLE_ROW_GRADIENTS\x10\x05\x12\x10\n\x0cROLE_LENGTHS\x10\x06*;\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0e\n\nMODE_TRAIN\x10\x01\x12\r\n\tMODE_EVAL\x10\x02*\xc8\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nOUTCOME_OK\x10\x01\x12\x14\n\x10OUTCOME_DECLINED\x10\x02\x12\x1a\n\x16OUTCOME_UNKNOWN_EXPERT\x10\x03\x12\x11\n\rOUTCOME_STALE\x10\x04\x12\x1a\n\x16OUTCOME_MISSING_INPUTS\x10\x05\x12\x1b\n\x17OUTCOME_ALREADY_APPLIED\x10\x06\x12\x16\n\x12OUTCOME_NON_FINITE\x10\x07\x32\xf9\x01\n\x06\x45xpert\x12\x36\n\x04Info\x12\x17.swarmoe.v1.InfoRequest\x1a\x15.swarmoe.v1.InfoReply\x12<\n\x07\x46orward\x12\x15.swarmoe.v1.CallFrame\x1a\x16.swarmoe.v1.ReplyFrame(\x01\x30\x01\x12=\n\x08\x42\x61\x63kward\x12\x15.swarmoe.v1.CallFrame\x1a\x16.swarmoe.v1.ReplyFrame(\x01\x30\x01\x12:\n\x05Probe\x12\x15.swarmoe.v1.CallFrame\x1a\x16.swarmoe.v1.ReplyFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.swarm_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1409
-  _globals['_DTYPE']._serialized_end=1475
-  _globals['_CODEC']._serialized_start=1477
-  _globals['_CODEC']._serialized_end=1538
-  _globals['_ROLE']._serialized_start=1540
-  _globals['_ROLE']._serialized_end=1665
-  _globals['_MODE']._serialized_start=1667
-  _globals['_MODE']._serialized_end=1726
-  _globals['_OUTCOME']._serialized_start=1729
-  _globals['_OUTCOME']._serialized_end=1929
+  _globals['_DTYPE']._serialized_start=1502
+  _globals['_DTYPE']._serialized_end=1568
+  _globals['_CODEC']._serialized_start=1570
+  _globals['_CODEC']._serialized_end=1663
+  _globals['_ROLE']._serialized_start=1666
+  _globals['_ROLE']._serialized_end=1809
+  _globals['_MODE']._serialized_start=1811
+  _globals['_MODE']._serialized_end=1870
+  _globals['_OUTCOME']._serialized_start=1873
+  _globals['_OUTCOME']._serialized_end=2073
   _globals['_INFOREQUEST']._serialized_start=34
   _globals['_INFOREQUEST']._serialized_end=62
   _globals['_INFOREPLY']._serialized_start=64
@@ -56,17 +56,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERTROWS']._serialized_start=689
   _globals['_EXPERTROWS']._serialized_end=751
   _globals['_CALLHEADER']._serialized_start=754
-  _globals['_CALLHEADER']._serialized_end=1011
-  _globals['_CALLFRAME']._serialized_start=1013
-  _globals['_CALLFRAME']._serialized_end=1092
-  _globals['_EXPERTOUTCOME']._serialized_start=1094
-  _globals['_EXPERTOUTCOME']._serialized_end=1179
-  _globals['_GROUPREPLY']._serialized_start=1181
-  _globals['_GROUPREPLY']._serialized_end=1279
-  _globals['_CALLEND']._serialized_start=1281
-  _globals['_CALLEND']._serialized_end=1290
-  _globals['_REPLYFRAME']._serialized_start=1292
-  _globals['_REPLYFRAME']._serialized_end=1407
-  _globals['_EXPERT']._serialized_start=1932
-  _globals['_EXPERT']._serialized_end=2121
+  _globals['_CALLHEADER']._serialized_end=1026
+  _globals['_PROBEHEADER']._serialized_start=1028
+  _globals['_PROBEHEADER']._serialized_end=1062
+  _globals['_CALLFRAME']._serialized_start=1064
+  _globals['_CALLFRAME']._serialized_end=1185
+  _globals['_EXPERTOUTCOME']._serialized_start=1187
+  _globals['_EXPERTOUTCOME']._serialized_end=1272
+  _globals['_GROUPREPLY']._serialized_start=1274
+  _globals['_GROUPREPLY']._serialized_end=1372
+  _globals['_CALLEND']._serialized_start=1374
+  _globals['_CALLEND']._serialized_end=1383
+  _globals['_REPLYFRAME']._serialized_start=1385
+  _globals['_REPLYFRAME']._serialized_end=1500
+  _globals['_EXPERT']._serialized_start=2076
+  _globals['_EXPERT']._serialized_end=2325
 # @@protoc_insertion_point(module_scope)

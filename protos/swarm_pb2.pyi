@@ -18,6 +18,8 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODEC_UNSPECIFIED: _ClassVar[Codec]
     CODEC_RAW: _ClassVar[Codec]
     CODEC_BF16: _ClassVar[Codec]
+    CODEC_FP16: _ClassVar[Codec]
+    CODEC_INT8: _ClassVar[Codec]
 
 class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -27,6 +29,7 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_GRADIENTS: _ClassVar[Role]
     ROLE_OUTPUTS: _ClassVar[Role]
     ROLE_ROW_GRADIENTS: _ClassVar[Role]
+    ROLE_LENGTHS: _ClassVar[Role]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -50,12 +53,15 @@ DTYPE_INT32: DType
 CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 CODEC_BF16: Codec
+CODEC_FP16: Codec
+CODEC_INT8: Codec
 ROLE_UNSPECIFIED: Role
 ROLE_ROWS: Role
 ROLE_ROW_INDEX: Role
 ROLE_GRADIENTS: Role
 ROLE_OUTPUTS: Role
 ROLE_ROW_GRADIENTS: Role
+ROLE_LENGTHS: Role
 MODE_UNSPECIFIED: Mode
 MODE_TRAIN: Mode
 MODE_EVAL: Mode
@@ -153,7 +159,7 @@ class ExpertRows(_message.Message):
     def __init__(self, index: _Optional[int] = ..., num_rows: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class CallHeader(_message.Message):
-    __slots__ = ("call_id", "run_id", "mode", "layer", "experts", "reply_codec", "timeout_ms", "loss_tokens", "tensors")
+    __slots__ = ("call_id", "run_id", "mode", "layer", "experts", "reply_codec", "timeout_ms", "loss_tokens", "tensors", "score")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +169,7 @@ class CallHeader(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     LOSS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     call_id: bytes
     run_id: str
     mode: Mode
@@ -172,15 +179,24 @@ class CallHeader(_message.Message):
     timeout_ms: int
     loss_tokens: float
     tensors: _containers.RepeatedCompositeFieldContainer[TensorHeader]
-    def __init__(self, call_id: _Optional[bytes] = ..., run_id: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., layer: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., reply_codec: _Optional[_Union[Codec, str]] = ..., timeout_ms: _Optional[int] = ..., loss_tokens: _Optional[float] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ...) -> None: ...
+    score: float
+    def __init__(self, call_id: _Optional[bytes] = ..., run_id: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., layer: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., reply_codec: _Optional[_Union[Codec, str]] = ..., timeout_ms: _Optional[int] = ..., loss_tokens: _Optional[float] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., score: _Optional[float] = ...) -> None: ...
+
+class ProbeHeader(_message.Message):
+    __slots__ = ("reply_bytes",)
+    REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    reply_bytes: int
+    def __init__(self, reply_bytes: _Optional[int] = ...) -> None: ...
 
 class CallFrame(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "probe")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     header: CallHeader
     chunk: bytes
-    def __init__(self, header: _Optional[_Union[CallHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    probe: ProbeHeader
+    def __init__(self, header: _Optional[_Union[CallHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., probe: _Optional[_Union[ProbeHeader, _Mapping]] = ...) -> None: ...
 
 class ExpertOutcome(_message.Message):
     __slots__ = ("index", "outcome", "version")

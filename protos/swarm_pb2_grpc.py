@@ -49,6 +49,11 @@ class ExpertStub:
                 request_serializer=protos_dot_swarm__pb2.CallFrame.SerializeToString,
                 response_deserializer=protos_dot_swarm__pb2.ReplyFrame.FromString,
                 _registered_method=True)
+        self.Probe = channel.stream_stream(
+                '/swarmoe.v1.Expert/Probe',
+                request_serializer=protos_dot_swarm__pb2.CallFrame.SerializeToString,
+                response_deserializer=protos_dot_swarm__pb2.ReplyFrame.FromString,
+                _registered_method=True)
 
 
 class ExpertServicer:
@@ -73,6 +78,13 @@ class ExpertServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request_iterator, context):
+        """A ProbeHeader and chunks up; chunks and CallEnd down.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -88,6 +100,11 @@ def add_ExpertServicer_to_server(servicer, server):
             ),
             'Backward': grpc.stream_stream_rpc_method_handler(
                     servicer.Backward,
+                    request_deserializer=protos_dot_swarm__pb2.CallFrame.FromString,
+                    response_serializer=protos_dot_swarm__pb2.ReplyFrame.SerializeToString,
+            ),
+            'Probe': grpc.stream_stream_rpc_method_handler(
+                    servicer.Probe,
                     request_deserializer=protos_dot_swarm__pb2.CallFrame.FromString,
                     response_serializer=protos_dot_swarm__pb2.ReplyFrame.SerializeToString,
             ),
@@ -171,6 +188,33 @@ class Expert:
             request_iterator,
             target,
             '/swarmoe.v1.Expert/Backward',
+            protos_dot_swarm__pb2.CallFrame.SerializeToString,
+            protos_dot_swarm__pb2.ReplyFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/swarmoe.v1.Expert/Probe',
             protos_dot_swarm__pb2.CallFrame.SerializeToString,
             protos_dot_swarm__pb2.ReplyFrame.FromString,
             options,
