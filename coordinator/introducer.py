@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from peer.bootstrap import sign_info
 from peer.identity import Identity
-from peer.transport import CallContext, CallRefused, Refusal
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from peer.transport import CallContext, CallRefused, Frame, Refusal
+from protos.swarm_pb2 import InfoReply, InfoRequest
 
 
 class Introducer:
@@ -36,13 +36,17 @@ class Introducer:
             software_version=self._software_version,
         )
 
-    async def forward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    async def forward(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         raise _HOSTS_NOTHING
-        yield ReplyFrame()  # makes it a stream
+        yield b""  # makes it a stream
 
-    async def backward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    async def backward(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         raise _HOSTS_NOTHING
-        yield ReplyFrame()
+        yield b""
+
+    async def probe(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
+        raise _HOSTS_NOTHING
+        yield b""
 
 
 _HOSTS_NOTHING = CallRefused(Refusal.INVALID, "a coordinator hosts no experts; ask the directory who does")

@@ -11,8 +11,8 @@ from enum import StrEnum
 
 import structlog
 
-from peer.transport import CallContext, CallRefused, Method, PeerId, Servicer
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from peer.transport import CallContext, CallRefused, Frame, Method, PeerId, Servicer
+from protos.swarm_pb2 import InfoReply, InfoRequest
 
 log = structlog.get_logger(__name__)
 
@@ -43,16 +43,16 @@ def context_of(caller: PeerId, *, timeout_s: float | None) -> CallContext:
 async def answer_call(
     servicer: Servicer,
     method: Method,
-    frames: AsyncIterator[CallFrame],
+    frames: AsyncIterator[Frame],
     context: CallContext,
-    send: Callable[[ReplyFrame], Awaitable[None]],
+    send: Callable[[Frame], Awaitable[None]],
 ) -> CallRefused | Failure | None:
     """Serve one call; None when it ended well, or when nobody waits for it any more."""
-    serve = servicer.forward if method is Method.FORWARD else servicer.backward
+    serve = {Method.FORWARD: servicer.forward, Method.BACKWARD: servicer.backward, Method.PROBE: servicer.probe}[method]
     try:
         async with asyncio.timeout_at(context.deadline_s), _closing(serve(frames, context)) as replies:
-            async for reply in replies:
-                await send(reply)
+            async for frame in replies:
+                await send(frame)
     except CallRefused as refusal:
         return refusal
     except CallerGone:
@@ -80,7 +80,7 @@ async def answer_info(servicer: Servicer, request: InfoRequest) -> InfoReply | C
 
 
 @asynccontextmanager
-async def _closing(replies: AsyncIterator[ReplyFrame]) -> AsyncGenerator[AsyncIterator[ReplyFrame]]:
+async def _closing(replies: AsyncIterator[Frame]) -> AsyncGenerator[AsyncIterator[Frame]]:
     """Have the servicer's `finally` run now, not when the garbage is collected."""
     try:
         yield replies

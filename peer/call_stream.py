@@ -1,4 +1,4 @@
-"""A call as frames: written by a trainer, read by a peer. Protobuf in, a validated `Call` out, or a refusal.
+"""A call as frames: written by a trainer, read by a peer. Bytes in, a validated `Call` out, or a refusal.
 
 Runs on the event loop and handles bytes and Python integers only. Row-index values and finiteness are checked where the
 tensors are decoded, on the compute thread.
@@ -9,15 +9,15 @@ from collections.abc import AsyncIterator, Callable
 from typing import NoReturn, cast
 
 from peer.errors import MalformedMessage
-from peer.framing import TensorAssembler, cut_into_chunks
+from peer.framing import TensorAssembler, cut_into_chunks, parse_frame
 from peer.messages import CALL_ID_BYTES, Call, CallLimits, ExpertRows, Mode
 from peer.tensors import Role, TensorSpec, TensorTooLarge, check_header, header_of
-from peer.transport import CallRefused, Method, Refusal
+from peer.transport import CallRefused, Frame, Method, Refusal
 from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
 
 
-async def write_call(call: Call) -> AsyncIterator[pb.CallFrame]:
+async def write_call(call: Call) -> AsyncIterator[Frame]:
     """The call as it travels; each chunk is copied out of its tensor when it is its turn."""
     yield pb.CallFrame(
         header=pb.CallHeader(
@@ -31,13 +31,13 @@ async def write_call(call: Call) -> AsyncIterator[pb.CallFrame]:
             loss_tokens=call.loss_tokens,
             tensors=[header_of(tensor.spec) for tensor in call.tensors.values()],
         )
-    )
-    for chunk in cut_into_chunks(tensor.data for tensor in call.tensors.values()):
-        yield pb.CallFrame(chunk=chunk)
+    ).SerializeToString()
+    for frame in cut_into_chunks(tensor.data for tensor in call.tensors.values()):
+        yield frame
 
 
 async def read_call(
-    frames: AsyncIterator[pb.CallFrame],
+    frames: AsyncIterator[Frame],
     limits: CallLimits,
     method: Method,
     *,
@@ -57,21 +57,23 @@ async def read_call(
 
 
 async def _read_call(
-    frames: AsyncIterator[pb.CallFrame], limits: CallLimits, method: Method, admit: Callable[[int], None] | None
+    frames: AsyncIterator[Frame], limits: CallLimits, method: Method, admit: Callable[[int], None] | None
 ) -> Call:
     first = await anext(frames, None)
-    if first is None or first.WhichOneof("frame") != "header":
+    message = None if first is None else parse_frame(first, pb.CallFrame)
+    if not isinstance(message, pb.CallFrame) or not message.HasField("header"):
         _malformed("a call starts with its header")
-    header = first.header
+    header = message.header
     _check_header(header, limits, method)
     specs = _check_tensors(header, limits, method)
     if admit is not None:
         admit(sum(spec.size_bytes for spec in specs.values()))
     assembler = TensorAssembler(list(specs.values()))
     async for frame in frames:
-        if frame.WhichOneof("frame") != "chunk":
+        chunk = parse_frame(frame, pb.CallFrame)
+        if not isinstance(chunk, memoryview):
             _malformed("after its header a call has chunks only")
-        assembler.feed(frame.chunk)
+        assembler.feed(chunk)
     return Call(
         call_id=header.call_id,
         run_id=limits.run_id,

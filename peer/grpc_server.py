@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -12,8 +13,8 @@ from peer.certificates import Certificate
 from peer.credentials import METADATA_KEY, CredentialChecker
 from peer.errors import CouldNotListen
 from peer.grpc_status import SERVICE, SHARED_OPTIONS, STATUS_OF_REFUSAL, grpc, name_of
-from peer.transport import CallRefused, Method, PeerId, Refusal, Servicer
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from peer.transport import CallRefused, Frame, Method, PeerId, Refusal, Servicer
+from protos.swarm_pb2 import InfoReply, InfoRequest
 
 _OPTIONS = [
     *SHARED_OPTIONS,
@@ -36,8 +37,7 @@ class GrpcServer:
         self._server = grpc.aio.server(options=_OPTIONS)
         handlers = {
             "Info": grpc.unary_unary_rpc_method_handler(self._info),
-            Method.FORWARD.value: grpc.stream_stream_rpc_method_handler(self._forward),
-            Method.BACKWARD.value: grpc.stream_stream_rpc_method_handler(self._backward),
+            **{method.value: grpc.stream_stream_rpc_method_handler(partial(self._answer, method)) for method in Method},
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         host, _ = split_address(listen, allow_port_0=True)
@@ -73,16 +73,10 @@ class GrpcServer:
             return answer.SerializeToString()
         return await _abort(context, answer)
 
-    async def _forward(self, data: AsyncIterator[bytes], context: Any) -> None:
-        await self._answer(Method.FORWARD, data, context)
-
-    async def _backward(self, data: AsyncIterator[bytes], context: Any) -> None:
-        await self._answer(Method.BACKWARD, data, context)
-
-    async def _answer(self, method: Method, data: AsyncIterator[bytes], context: Any) -> None:
-        async def send(reply: ReplyFrame) -> None:
+    async def _answer(self, method: Method, frames: AsyncIterator[Frame], context: Any) -> None:
+        async def send(frame: Frame) -> None:
             try:
-                await context.write(reply.SerializeToString())
+                await context.write(frame)
             except grpc.aio.BaseError:
                 raise CallerGone from None
 
@@ -92,17 +86,9 @@ class GrpcServer:
             ending = refusal
         else:
             call_context = context_of(caller, timeout_s=context.time_remaining())
-            ending = await answer_call(self._servicer, method, _decode(data), call_context, send)
+            ending = await answer_call(self._servicer, method, frames, call_context, send)
         if ending is not None:
             await _abort(context, ending)
-
-
-async def _decode(data: AsyncIterator[bytes]) -> AsyncIterator[CallFrame]:
-    async for frame in data:
-        try:
-            yield CallFrame.FromString(frame)
-        except DecodeError:
-            raise CallRefused(Refusal.INVALID, "a frame does not decode") from None
 
 
 def _credential(context: Any) -> bytes | None:

@@ -19,8 +19,8 @@ from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable
 from peer.grpc_server import GrpcServer
 from peer.grpc_status import SERVICE, SHARED_OPTIONS, StatusWitness, grpc
 from peer.identity import Identity
-from peer.transport import Endpoint, Method, PeerId, Servicer
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from peer.transport import Endpoint, Frame, Method, PeerId, Servicer
+from protos.swarm_pb2 import InfoReply, InfoRequest
 
 _OPTIONS: list[tuple[str, int | str]] = [
     *SHARED_OPTIONS,
@@ -73,8 +73,8 @@ class GrpcTransport:
             raise PeerUnreachable(f"cannot connect: {reason}", peer_id=address, method="Info") from None
 
     async def call(
-        self, endpoint: Endpoint, method: Method, frames: AsyncIterable[CallFrame], *, timeout_s: float
-    ) -> AsyncGenerator[ReplyFrame]:
+        self, endpoint: Endpoint, method: Method, frames: AsyncIterable[Frame], *, timeout_s: float
+    ) -> AsyncGenerator[Frame]:
         """See `Transport`."""
         if timeout_s <= 0:
             raise DeadlineExceeded("no time left", peer_id=endpoint.peer_id, method=method.value)
@@ -87,15 +87,13 @@ class GrpcTransport:
         witness = StatusWitness(rpc)
         sender = asyncio.create_task(_send(rpc, frames))  # ours: ended and awaited below
         try:
-            async for data in rpc:
-                yield ReplyFrame.FromString(data)
+            async for frame in rpc:
+                yield frame
         except grpc.aio.AioRpcError:
             failure = await witness.error(peer_id=endpoint.peer_id, method=method.value)
             if isinstance(failure, PeerUnreachable):
                 self._retire(endpoint, connection)  # the next call dials afresh instead of waiting out a back-off
             raise failure from None
-        except DecodeError:
-            raise MalformedReply("a frame does not decode", peer_id=endpoint.peer_id, method=method.value) from None
         except asyncio.CancelledError:
             if sender.done() and not sender.cancelled() and (bug := sender.exception()) is not None:
                 raise bug from None  # `frames` raised, for which the sender cancelled the call
@@ -157,10 +155,10 @@ async def _ask(address: str, request: InfoRequest, certificate_der: bytes) -> In
             raise MalformedReply("the answer does not decode", peer_id=address, method="Info") from None
 
 
-async def _send(rpc: Any, frames: AsyncIterable[CallFrame]) -> None:
+async def _send(rpc: Any, frames: AsyncIterable[Frame]) -> None:
     try:
         async for frame in frames:
-            await rpc.write(frame.SerializeToString())
+            await rpc.write(frame)
         await rpc.done_writing()
     except (grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):
         return  # the call is over; its reader learns why

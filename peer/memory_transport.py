@@ -1,7 +1,7 @@
 """A network inside one process: the same frames, identities, deadlines and refusals as gRPC, and faults on request.
 
-Every message is serialised both ways, so nothing can be shared by accident. Time is the event loop's alone, so that it
-runs on a virtual clock as well; credentials are dated by it too.
+Frames are bytes and Info is serialised both ways, so nothing can be shared by accident. Time is the event loop's
+alone, so that it runs on a virtual clock as well; credentials are dated by it too.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from peer.errors import CouldNotListen, DeadlineExceeded, PeerUnreachable, Remot
 from peer.faults import Fault, Faults
 from peer.identity import Identity
 from peer.refusals import ERROR_OF_REFUSAL
-from peer.transport import CallRefused, Endpoint, Method, PeerId, Server, Servicer
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from peer.transport import CallRefused, Endpoint, Frame, Method, PeerId, Server, Servicer
+from protos.swarm_pb2 import InfoReply, InfoRequest
 
 
 class MemoryNetwork:
@@ -110,8 +110,8 @@ class MemoryTransport:
         return InfoReply.FromString(answer.SerializeToString()), server.certificate_der
 
     async def call(
-        self, endpoint: Endpoint, method: Method, frames: AsyncIterable[CallFrame], *, timeout_s: float
-    ) -> AsyncGenerator[ReplyFrame]:
+        self, endpoint: Endpoint, method: Method, frames: AsyncIterable[Frame], *, timeout_s: float
+    ) -> AsyncGenerator[Frame]:
         """See `Transport`."""
         now_s = asyncio.get_running_loop().time()
         fault = self._network.faults.draw(self._identity.peer_id, endpoint.peer_id, method)
@@ -126,10 +126,10 @@ class MemoryTransport:
             for num_read in itertools.count():
                 if num_read == fault.cut_after:
                     raise PeerUnreachable("the connection broke", peer_id=endpoint.peer_id, method=method.value)
-                data = await exchange.next_reply()
-                if data is None:
+                frame = await exchange.next_reply()
+                if frame is None:
                     break
-                yield ReplyFrame.FromString(data)
+                yield frame
             if exchange.bug_of_caller is not None:
                 raise exchange.bug_of_caller
             if serving.cancelled():
@@ -157,7 +157,7 @@ class _Exchange:
     """The wire of one call: what the caller sends, what comes back, and what is lost on the way."""
 
     def __init__(
-        self, method: Method, frames: AsyncIterable[CallFrame], fault: Fault, credential: bytes, *, deadline_s: float
+        self, method: Method, frames: AsyncIterable[Frame], fault: Fault, credential: bytes, *, deadline_s: float
     ) -> None:
         self.bug_of_caller: Exception | None = None
         self._method = method
@@ -165,7 +165,7 @@ class _Exchange:
         self._fault = fault
         self._credential = credential
         self._deadline_s = deadline_s
-        self._replies: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._replies: asyncio.Queue[Frame | None] = asyncio.Queue()
 
     async def serve(self, server: MemoryServer) -> CallRefused | Failure | None:
         """The receiving side, in a task of its own."""
@@ -180,7 +180,7 @@ class _Exchange:
         context = context_of(caller, timeout_s=self._deadline_s - now_s())
         return await answer_call(server.servicer, self._method, self._received(), context, self._send)
 
-    async def next_reply(self) -> bytes | None:
+    async def next_reply(self) -> Frame | None:
         """The next frame, None at the end; TimeoutError at the deadline."""
         async with asyncio.timeout_at(self._deadline_s):
             return await self._replies.get()
@@ -190,17 +190,17 @@ class _Exchange:
         if not self._fault.loses_answer:
             self._replies.put_nowait(None)
 
-    async def _received(self) -> AsyncIterator[CallFrame]:
+    async def _received(self) -> AsyncIterator[Frame]:
         try:
             async for frame in self._frames:
-                yield CallFrame.FromString(frame.SerializeToString())
+                yield frame
         except Exception as bug:
             self.bug_of_caller = bug
             raise CallerGone from bug
 
-    async def _send(self, reply: ReplyFrame) -> None:
+    async def _send(self, frame: Frame) -> None:
         if not self._fault.loses_answer:
-            self._replies.put_nowait(reply.SerializeToString())
+            self._replies.put_nowait(frame)
 
 
 def _error_of(ending: CallRefused | Failure, *, peer_id: PeerId, method: str) -> RemoteError:

@@ -1,4 +1,4 @@
-"""An answer as frames: written by a peer, read by a trainer. Protobuf in, validated `GroupReply`s out, one by one.
+"""An answer as frames: written by a peer, read by a trainer. Bytes in, validated `GroupReply`s out, one by one.
 
 Runs on the event loop and handles bytes and Python integers only; finiteness is checked where tensors are decoded.
 """
@@ -7,20 +7,24 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import cast
 
 from peer.errors import MalformedMessage
-from peer.framing import TensorAssembler, cut_into_chunks
+from peer.framing import TensorAssembler, cut_into_chunks, parse_frame
 from peer.messages import ExpertOutcome, GroupReply, Outcome, ReplyLimits
 from peer.tensors import TensorSpec, check_header, header_of
+from peer.transport import Frame
 from protos import swarm_pb2 as pb
 
+END: Frame = pb.ReplyFrame(end=pb.CallEnd()).SerializeToString()
+"""The last frame of an answer that is whole."""
 
-def write_reply(groups: Iterable[GroupReply]) -> Iterator[pb.ReplyFrame]:
+
+def write_reply(groups: Iterable[GroupReply]) -> Iterator[Frame]:
     """A whole answer: its groups, then the end."""
     for group in groups:
         yield from write_group(group)
-    yield pb.ReplyFrame(end=pb.CallEnd())
+    yield END
 
 
-def write_group(group: GroupReply) -> Iterator[pb.ReplyFrame]:
+def write_group(group: GroupReply) -> Iterator[Frame]:
     """One group of an answer that goes on."""
     tensor = group.tensor
     yield pb.ReplyFrame(
@@ -31,12 +35,11 @@ def write_group(group: GroupReply) -> Iterator[pb.ReplyFrame]:
             ],
             tensor=header_of(tensor.spec) if tensor is not None else None,
         )
-    )
-    for chunk in cut_into_chunks([tensor.data] if tensor is not None else []):
-        yield pb.ReplyFrame(chunk=chunk)
+    ).SerializeToString()
+    yield from cut_into_chunks([tensor.data] if tensor is not None else [])
 
 
-async def read_reply(frames: AsyncIterator[pb.ReplyFrame], limits: ReplyLimits) -> AsyncIterator[GroupReply]:
+async def read_reply(frames: AsyncIterator[Frame], limits: ReplyLimits) -> AsyncIterator[GroupReply]:
     """Each group as soon as it is whole. Raises MalformedMessage for whatever is no answer to this call.
 
     That includes an answer cut short: the groups before the cut have been yielded and are good. Whoever leaves early
@@ -45,15 +48,17 @@ async def read_reply(frames: AsyncIterator[pb.ReplyFrame], limits: ReplyLimits) 
     unanswered = set(limits.pairs_of)
     ended = False
     async for frame in frames:
-        kind = frame.WhichOneof("frame")
         if ended:
             raise MalformedMessage("the answer goes on after its end")
-        if kind == "end":
+        message = parse_frame(frame, pb.ReplyFrame)
+        if isinstance(message, memoryview):
+            raise MalformedMessage("a chunk that no group announced")
+        if message.HasField("group"):
+            yield await _read_group(message.group, frames, limits, unanswered)
+        elif message.HasField("end"):
             ended = True
-        elif kind == "group":
-            yield await _read_group(frame.group, frames, limits, unanswered)
         else:
-            raise MalformedMessage("a chunk that no group announced" if kind == "chunk" else "an empty frame")
+            raise MalformedMessage("an empty frame")
     if not ended:
         raise MalformedMessage("the answer was cut short")
     if unanswered:
@@ -61,7 +66,7 @@ async def read_reply(frames: AsyncIterator[pb.ReplyFrame], limits: ReplyLimits) 
 
 
 async def _read_group(
-    message: pb.GroupReply, frames: AsyncIterator[pb.ReplyFrame], limits: ReplyLimits, unanswered: set[int]
+    message: pb.GroupReply, frames: AsyncIterator[Frame], limits: ReplyLimits, unanswered: set[int]
 ) -> GroupReply:
     experts = _check_experts(message, unanswered)
     ok = [expert.index for expert in experts if expert.outcome is Outcome.OK]
@@ -74,9 +79,10 @@ async def _read_group(
         frame = await anext(frames, None)
         if frame is None:
             raise MalformedMessage("the answer was cut short inside a tensor")
-        if frame.WhichOneof("frame") != "chunk":
+        chunk = parse_frame(frame, pb.ReplyFrame)
+        if not isinstance(chunk, memoryview):
             raise MalformedMessage("a tensor's chunks are interrupted by another frame")
-        assembler.feed(frame.chunk)
+        assembler.feed(chunk)
     return GroupReply(experts, assembler.tensors()[0])
 
 

@@ -8,8 +8,8 @@ from peer.compute_thread import ComputeThreadStopped
 from peer.expert_host import ExpertHost
 from peer.messages import CallLimits
 from peer.reply_stream import write_reply
-from peer.transport import CallContext, CallRefused, Method, Refusal
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from peer.transport import CallContext, CallRefused, Frame, Method, Refusal
+from protos.swarm_pb2 import InfoReply, InfoRequest
 
 MAX_QUEUED_ROWS = 1 << 20
 """More than this waiting and a peer says "not now" instead of growing its queue."""
@@ -40,11 +40,15 @@ class ExpertService:
     async def info(self, request: InfoRequest) -> InfoReply:
         return self._introduce(request)
 
-    def forward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    def forward(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         return self._answer(Method.FORWARD, frames, context)
 
-    def backward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    def backward(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         return self._answer(Method.BACKWARD, frames, context)
+
+    async def probe(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
+        raise CallRefused(Refusal.INVALID, "this peer answers no probes")
+        yield b""  # makes it a stream
 
     async def leave(self, *, timeout_s: float) -> bool:
         """Refuse new calls and wait for the running ones; False when some were still running at the end."""
@@ -56,9 +60,7 @@ class ExpertService:
             return False
         return True
 
-    async def _answer(
-        self, method: Method, frames: AsyncIterator[CallFrame], context: CallContext
-    ) -> AsyncIterator[ReplyFrame]:
+    async def _answer(self, method: Method, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         if self._leaving:
             raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another")
         if self._host.queued_rows > MAX_QUEUED_ROWS:

@@ -1,4 +1,4 @@
-"""The seam between members: three methods, streams of frames, deadlines. Knows neither experts nor torch.
+"""The seam between members: Info, streams of frames, deadlines. Knows neither experts nor torch, nor what a frame says.
 
 Two implementations pass one contract suite: `grpc_transport` and `memory_transport`.
 """
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType, Protocol
 
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from protos.swarm_pb2 import InfoReply, InfoRequest
 
 PeerId = NewType("PeerId", str)
 """An Ed25519 public key in lower-case base32 without padding: 52 characters."""
+
+Frame = bytes
+"""One message of a stream: a CallFrame or a ReplyFrame, serialised."""
 
 CHUNK_BYTES = 1 << 20
 """Measured: chunks of 1 MiB carry 3 to 5 times what one 16 MB unary message does."""
@@ -22,6 +25,7 @@ class Method(StrEnum):
 
     FORWARD = "Forward"
     BACKWARD = "Backward"
+    PROBE = "Probe"
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,11 @@ class Servicer(Protocol):
 
     async def info(self, request: InfoRequest) -> InfoReply: ...
 
-    def forward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]: ...
+    def forward(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]: ...
 
-    def backward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]: ...
+    def backward(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]: ...
+
+    def probe(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]: ...
 
 
 class Server(Protocol):
@@ -103,8 +109,8 @@ class Transport(Protocol):
         ...
 
     def call(
-        self, endpoint: Endpoint, method: Method, frames: AsyncIterable[CallFrame], *, timeout_s: float
-    ) -> AsyncGenerator[ReplyFrame]:
+        self, endpoint: Endpoint, method: Method, frames: AsyncIterable[Frame], *, timeout_s: float
+    ) -> AsyncGenerator[Frame]:
         """Send `frames`, yield the reply's frames as they come. Ends by `timeout_s`, whatever the peer does.
 
         Raises a RemoteError; a reply that stops early simply stops (the reader misses its CallEnd).

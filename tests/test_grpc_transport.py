@@ -17,7 +17,7 @@ import pytest
 
 from peer.addresses import split_address
 from peer.answering import DEFAULT_CALL_S, MAX_CALL_S
-from peer.call_stream import read_call
+from peer.call_stream import read_call, write_call
 from peer.certificates import Certificate, pem_of
 from peer.credentials import METADATA_KEY, issue
 from peer.errors import (
@@ -31,9 +31,9 @@ from peer.grpc_status import ERROR_OF_STATUS, SERVICE, STATUS_OF_REFUSAL, grpc
 from peer.grpc_transport import GrpcTransport
 from peer.identity import Identity
 from peer.reply_stream import write_reply
-from peer.transport import CHUNK_BYTES, CallContext, Endpoint, Method, Refusal
-from protos.swarm_pb2 import CallFrame, InfoRequest, ReplyFrame
-from tests.transport_worlds import Member, World, ask, chunks, echo, grpc_world
+from peer.transport import CHUNK_BYTES, CallContext, Endpoint, Frame, Method, Refusal
+from protos.swarm_pb2 import CallFrame, InfoRequest
+from tests.transport_worlds import Member, World, ask, echo, grpc_world, sending
 from tests.wire_calls import LIMITS, forward_call, frames_of, whole_answer
 
 StatusCode = grpc.StatusCode
@@ -46,7 +46,7 @@ async def world() -> AsyncIterator[World]:
     await world.close()
 
 
-async def _read_and_answer(frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+async def _read_and_answer(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
     await read_call(frames, LIMITS, Method.FORWARD)
     for frame in write_reply(whole_answer()):
         yield frame
@@ -87,12 +87,7 @@ def _credential(peer: Member) -> bytes:
 
 
 async def _still_serves(world: World, peer: Member) -> bool:
-    return len(await ask(world.member(), peer.endpoint, _sent(await frames_of(forward_call())))) > 0
-
-
-async def _sent(frames: Iterable[CallFrame]) -> AsyncIterator[CallFrame]:
-    for frame in frames:
-        yield frame
+    return len(await ask(world.member(), peer.endpoint, write_call(forward_call()))) > 0
 
 
 def test_every_status_and_every_refusal_is_translated() -> None:
@@ -131,17 +126,16 @@ async def _raw_server(forward: Any) -> AsyncIterator[Endpoint]:
 async def _call(endpoint: Endpoint) -> list[bytes]:
     transport = GrpcTransport(Identity.generate())
     try:
-        async with aclosing(transport.call(endpoint, Method.FORWARD, chunks(b"x"), timeout_s=5)) as replies:
-            return [reply.chunk async for reply in replies]
+        async with aclosing(transport.call(endpoint, Method.FORWARD, sending(b"x"), timeout_s=5)) as replies:
+            return [frame async for frame in replies]
     finally:
         await transport.close()
 
 
 @pytest.mark.hostile
-@pytest.mark.parametrize("answer", [b"\xff" * 20, b"\x12\x7f", bytes(5 * CHUNK_BYTES)], ids=["noise", "cut", "large"])
-async def test_an_answer_that_is_none_is_malformed(answer: bytes) -> None:
+async def test_a_frame_beyond_the_limit_is_malformed() -> None:
     async def send(_: Any, context: Any) -> None:
-        await context.write(answer)
+        await context.write(bytes(5 * CHUNK_BYTES))
 
     async with _raw_server(send) as endpoint:
         with pytest.raises(MalformedReply):
@@ -208,10 +202,10 @@ async def test_a_stream_that_trickles_for_ever_is_cut_at_its_deadline(world: Wor
     peer, caller = await world.serving(_read_and_answer), world.member()
     header, chunk = await frames_of(forward_call())
 
-    async def trickle() -> AsyncIterator[CallFrame]:
-        yield header
+    async def trickle() -> AsyncIterator[Frame]:
+        yield header.SerializeToString()
         for at in range(len(chunk.chunk)):
-            yield CallFrame(chunk=chunk.chunk[at : at + 1])
+            yield CallFrame(chunk=chunk.chunk[at : at + 1]).SerializeToString()
             await asyncio.sleep(0.05)
 
     began_s = time.monotonic()
@@ -228,9 +222,9 @@ async def test_a_call_has_a_deadline_whatever_its_caller_says(
 ) -> None:
     left_s: list[float] = []
 
-    async def note(frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    async def note(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         left_s.append(context.deadline_s - asyncio.get_running_loop().time())
-        yield ReplyFrame()
+        yield b""
 
     peer = await world.serving(note)
 

@@ -11,24 +11,25 @@ from google.protobuf.message import DecodeError
 from experts.settings import ExpertShape
 from peer.call_stream import read_call
 from peer.errors import MalformedMessage
+from peer.framing import chunk_frame, parse_frame
 from peer.manifest import RunManifest
 from peer.messages import Call, CallLimits, ExpertOutcome, GroupReply, Mode, Outcome, ReplyLimits
 from peer.reply_stream import read_reply, write_group, write_reply
 from peer.tensors import Role, decode, decode_row_index, encode
-from peer.transport import CHUNK_BYTES, CallRefused, Method, Refusal
+from peer.transport import CHUNK_BYTES, CallRefused, Frame, Method, Refusal
 from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
+from tests.transport_worlds import sending
 from tests.wire_calls import (
     LIMITS,
     ROW_INDEX_N,
     X_UD,
     D,
     backward_call,
-    call_frames,
     collect,
     forward_call,
     frames_of,
-    reply_frames,
+    on_the_wire,
     whole_answer,
 )
 
@@ -36,17 +37,17 @@ FORWARD_LIMITS = ReplyLimits.of(forward_call(), Method.FORWARD, num_rows=3)
 
 
 async def _refusal_of(
-    frames: list[pb.CallFrame] | AsyncIterator[pb.CallFrame], method: Method = Method.FORWARD
+    frames: list[pb.CallFrame] | AsyncIterator[Frame], method: Method = Method.FORWARD
 ) -> tuple[Refusal, str]:
     with pytest.raises(CallRefused) as error:
-        await read_call(call_frames(frames) if isinstance(frames, list) else frames, LIMITS, method)
+        await read_call(on_the_wire(frames) if isinstance(frames, list) else frames, LIMITS, method)
     return error.value.refusal, str(error.value)
 
 
 async def test_a_forward_arrives_as_it_was_sent() -> None:
     sent = forward_call()
 
-    got = await read_call(call_frames(await frames_of(sent)), LIMITS, Method.FORWARD)
+    got = await read_call(on_the_wire(await frames_of(sent)), LIMITS, Method.FORWARD)
 
     assert _without_tensors(got) == _without_tensors(sent)
     assert torch.equal(decode(got.tensors[Role.ROWS]), X_UD)
@@ -58,7 +59,7 @@ async def test_a_forward_arrives_as_it_was_sent() -> None:
 async def test_a_backward_arrives_with_or_without_its_rows(resends: bool) -> None:
     sent = backward_call(resends=resends)
 
-    got = await read_call(call_frames(await frames_of(sent)), LIMITS, Method.BACKWARD)
+    got = await read_call(on_the_wire(await frames_of(sent)), LIMITS, Method.BACKWARD)
 
     assert _without_tensors(got) == _without_tensors(sent)
     assert list(got.tensors) == list(sent.tensors)
@@ -66,7 +67,7 @@ async def test_a_backward_arrives_with_or_without_its_rows(resends: bool) -> Non
 
 
 async def test_an_eval_forward_is_no_training() -> None:
-    got = await read_call(call_frames(await frames_of(forward_call(mode=Mode.EVAL))), LIMITS, Method.FORWARD)
+    got = await read_call(on_the_wire(await frames_of(forward_call(mode=Mode.EVAL))), LIMITS, Method.FORWARD)
 
     assert not got.is_training
 
@@ -89,10 +90,46 @@ async def test_chunks_of_any_size_make_the_same_call(size: int) -> None:
     pieces = [chunk.chunk[at : at + size] for at in range(0, len(chunk.chunk), size)]
 
     got = await read_call(
-        call_frames([header, *(pb.CallFrame(chunk=piece) for piece in pieces)]), LIMITS, Method.FORWARD
+        on_the_wire([header, *(pb.CallFrame(chunk=piece) for piece in pieces)]), LIMITS, Method.FORWARD
     )
 
     assert torch.equal(decode(got.tensors[Role.ROWS]), X_UD)
+
+
+@pytest.mark.parametrize("size_bytes", [1, 127, 128, 16383, 16384, CHUNK_BYTES])
+def test_a_chunk_frame_is_what_protobuf_makes_of_it(size_bytes: int) -> None:
+    data = random.Random(size_bytes).randbytes(size_bytes)
+
+    frame = chunk_frame([data[:1], data[1:]])
+
+    assert frame == pb.CallFrame(chunk=data).SerializeToString() == pb.ReplyFrame(chunk=data).SerializeToString()
+    assert parse_frame(frame, pb.CallFrame) == parse_frame(frame, pb.ReplyFrame) == data
+
+
+@pytest.mark.parametrize("frame", [b"\x12\x81\x00x", b"\x12\x01y\x12\x01x", b"\x92\x80\x00\x01x"])
+def test_a_chunk_that_is_encoded_otherwise_is_the_one_that_protobuf_reads(frame: bytes) -> None:
+    assert pb.CallFrame.FromString(frame).chunk == b"x"
+    assert parse_frame(frame, pb.CallFrame) == b"x"
+
+
+@pytest.mark.hostile
+def test_no_bytes_are_read_otherwise_than_protobuf_reads_them() -> None:
+    rng = random.Random(5)
+    original = chunk_frame([b"some bytes"])
+
+    for _ in range(2000):
+        frame = bytearray(original)
+        for _ in range(rng.randint(1, 3)):
+            frame[rng.randrange(min(4, len(frame)))] = rng.randrange(256)
+        del frame[rng.randrange(len(frame) + 1) :]
+        try:
+            expected = pb.CallFrame.FromString(bytes(frame))
+        except DecodeError:
+            with pytest.raises(MalformedMessage, match="does not decode"):
+                parse_frame(bytes(frame), pb.CallFrame)
+        else:
+            got = parse_frame(bytes(frame), pb.CallFrame)
+            assert (got == expected.chunk) if expected.WhichOneof("frame") == "chunk" else (got == expected)
 
 
 def test_limits_are_the_manifests() -> None:
@@ -189,13 +226,13 @@ async def test_five_gigabytes_are_too_large_at_the_header_without_waiting_for_th
     header = (await frames_of(forward_call()))[0]
     header.header.tensors[0].shape[:] = shape
     header.header.tensors[0].size_bytes = 5_000_000_000
-    frames = call_frames([header, pb.CallFrame(chunk=b"never read")])
+    frames = on_the_wire([header, pb.CallFrame(chunk=b"never read")])
 
     refusal, sentence = await _refusal_of(frames)
 
     assert refusal is Refusal.TOO_LARGE
     assert "at most 1048576" in sentence
-    assert (await anext(frames)).chunk == b"never read"
+    assert b"never read" in await anext(frames)
 
 
 @pytest.mark.hostile
@@ -203,7 +240,7 @@ async def test_tensors_that_fit_one_by_one_but_not_together_are_too_large() -> N
     limits = CallLimits(**(vars(LIMITS) | {"max_bytes": 3 * D * 4 + 5 * 4 - 1}))
 
     with pytest.raises(CallRefused, match="ROW_INDEX announces 20 bytes; at most 19") as error:
-        await read_call(call_frames(await frames_of(forward_call())), limits, Method.FORWARD)
+        await read_call(on_the_wire(await frames_of(forward_call())), limits, Method.FORWARD)
 
     assert error.value.refusal is Refusal.TOO_LARGE
 
@@ -213,7 +250,7 @@ async def test_more_rows_than_the_run_allows_are_too_large() -> None:
     limits = CallLimits(**(vars(LIMITS) | {"max_rows": 4}))
 
     with pytest.raises(CallRefused, match="5 rows; this run allows 4") as error:
-        await read_call(call_frames(await frames_of(forward_call())), limits, Method.FORWARD)
+        await read_call(on_the_wire(await frames_of(forward_call())), limits, Method.FORWARD)
 
     assert error.value.refusal is Refusal.TOO_LARGE
 
@@ -244,10 +281,10 @@ async def test_frames_out_of_place_are_invalid() -> None:
 async def test_a_stream_that_never_ends_is_refused_at_its_first_byte_too_many() -> None:
     header, _ = await frames_of(forward_call())
 
-    async def endless() -> AsyncIterator[pb.CallFrame]:
-        yield header
+    async def endless() -> AsyncIterator[Frame]:
+        yield header.SerializeToString()
         while True:
-            yield pb.CallFrame(chunk=bytes(50))
+            yield chunk_frame([bytes(50)])
 
     assert await _refusal_of(endless()) == (Refusal.INVALID, "more bytes than the header announced")
 
@@ -264,9 +301,8 @@ async def test_no_random_change_to_a_call_does_anything_but_refuse_it_or_keep_it
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         try:
-            header = pb.CallFrame.FromString(bytes(data))
-            call = await read_call(call_frames([header, frames[1]]), LIMITS, Method.FORWARD)
-        except (CallRefused, DecodeError):
+            call = await read_call(sending(bytes(data), frames[1].SerializeToString()), LIMITS, Method.FORWARD)
+        except CallRefused:
             num_refused += 1
         else:
             assert call.num_pairs == 5
@@ -276,7 +312,7 @@ async def test_no_random_change_to_a_call_does_anything_but_refuse_it_or_keep_it
 
 
 async def test_an_answer_arrives_group_by_group() -> None:
-    groups = await collect(read_reply(reply_frames(write_reply(whole_answer())), FORWARD_LIMITS))
+    groups = await collect(read_reply(sending(*write_reply(whole_answer())), FORWARD_LIMITS))
 
     assert [group.experts for group in groups] == [group.experts for group in whole_answer()]
     assert groups[0].tensor is not None
@@ -291,7 +327,7 @@ async def test_a_backwards_answer_has_a_gradient_for_every_distinct_row() -> Non
         encode(X_UD, Role.ROW_GRADIENTS, Codec.BF16),
     )
 
-    (group,) = await collect(read_reply(reply_frames(write_reply([answer])), limits))
+    (group,) = await collect(read_reply(sending(*write_reply([answer])), limits))
 
     assert group.experts == answer.experts
     assert group.tensor is not None
@@ -307,8 +343,8 @@ def test_a_group_has_a_tensor_exactly_when_an_expert_is_ok() -> None:
         GroupReply((ExpertOutcome(1, Outcome.STALE),), tensor)
 
 
-_OK_GROUP, _CHUNK = write_group(whole_answer()[0])
-(_DECLINED,) = write_group(whole_answer()[1])
+_OK_GROUP, _CHUNK = map(pb.ReplyFrame.FromString, write_group(whole_answer()[0]))
+(_DECLINED,) = map(pb.ReplyFrame.FromString, write_group(whole_answer()[1]))
 _END = pb.ReplyFrame(end=pb.CallEnd())
 
 
@@ -354,11 +390,11 @@ async def test_an_answer_with_one_thing_wrong_is_malformed_and_says_so(
     frames: list[pb.ReplyFrame], reason: str
 ) -> None:
     with pytest.raises(MalformedMessage, match=reason):
-        await collect(read_reply(reply_frames(frames), FORWARD_LIMITS))
+        await collect(read_reply(on_the_wire(frames), FORWARD_LIMITS))
 
 
 async def test_the_groups_before_a_cut_are_good() -> None:
-    groups = read_reply(reply_frames([_OK_GROUP, _CHUNK]), FORWARD_LIMITS)
+    groups = read_reply(on_the_wire([_OK_GROUP, _CHUNK]), FORWARD_LIMITS)
 
     assert (await anext(groups)).experts == whole_answer()[0].experts
     with pytest.raises(MalformedMessage, match="cut short"):

@@ -90,7 +90,7 @@ def _rows() -> Tensor:
 
 def _frames(call: Call) -> Frames:
     async def collect() -> Frames:
-        return [frame.SerializeToString() async for frame in write_call(call)]
+        return [frame async for frame in write_call(call)]
 
     return asyncio.run(collect())
 

@@ -18,9 +18,9 @@ from peer.messages import Call, CallLimits, ExpertRows, GroupReply, Mode, Outcom
 from peer.reply_stream import read_reply
 from peer.service import ExpertService
 from peer.tensors import Role, encode
-from peer.transport import Endpoint, Method
+from peer.transport import Endpoint, Frame, Method
 from peer.wire_codecs import Codec
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from protos.swarm_pb2 import InfoReply, InfoRequest
 from tests.swarm import CPU, DIM, seeded, tiny_run
 from tests.transport_worlds import Member, World
 
@@ -140,7 +140,7 @@ async def test_a_bad_call_is_refused_with_a_sentence_and_the_next_good_one_is_an
 
 
 async def test_whoever_never_ends_its_call_is_let_go_at_its_deadline_and_holds_up_nobody(served: Served) -> None:
-    async def never_ending() -> AsyncIterator[CallFrame]:
+    async def never_ending() -> AsyncIterator[Frame]:
         async for frame in write_call(call_of()):
             yield frame
             await asyncio.Event().wait()
@@ -171,14 +171,14 @@ async def test_a_full_queue_says_not_now(served: Served, monkeypatch: pytest.Mon
 async def test_calls_whose_bytes_have_no_room_are_told_not_now_before_they_send_them(served: Served) -> None:
     asked_for_more = 0
 
-    async def header_only(number: int) -> AsyncIterator[CallFrame]:
+    async def header_only(number: int) -> AsyncIterator[Frame]:
         nonlocal asked_for_more
         async for frame in write_call(call_of(call_id=bytes([number]) * 16)):
             yield frame
             asked_for_more += 1
             await asyncio.Event().wait()
 
-    def begin(number: int) -> AsyncIterator[ReplyFrame]:
+    def begin(number: int) -> AsyncIterator[Frame]:
         return served.trainer.transport.call(served.endpoint, Method.FORWARD, header_only(number), timeout_s=5.0)
 
     silent = [asyncio.ensure_future(anext(begin(number))) for number in range(8)]

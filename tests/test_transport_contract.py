@@ -18,9 +18,9 @@ from peer.errors import (
 )
 from peer.identity import Identity
 from peer.refusals import ERROR_OF_REFUSAL
-from peer.transport import CHUNK_BYTES, CallContext, CallRefused, Method, Refusal
-from protos.swarm_pb2 import CallFrame, InfoRequest, ReplyFrame
-from tests.transport_worlds import World, ask, before, chunks, echo, grpc_world, memory_world
+from peer.transport import CHUNK_BYTES, CallContext, CallRefused, Frame, Method, Refusal
+from protos.swarm_pb2 import InfoRequest
+from tests.transport_worlds import World, ask, before, echo, grpc_world, memory_world, sending
 
 
 @pytest.fixture(params=[memory_world, grpc_world], ids=["memory", "grpc"])
@@ -35,7 +35,7 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
 async def test_frames_come_back_whole_and_in_order(world: World, method: Method) -> None:
     peer, trainer = await world.serving(echo), world.member()
 
-    answer = await ask(trainer, peer.endpoint, chunks(b"one", b"two", b"three"), method=method)
+    answer = await ask(trainer, peer.endpoint, sending(b"one", b"two", b"three"), method=method)
 
     assert answer == [b"one", b"two", b"three"]
 
@@ -44,7 +44,7 @@ async def test_ten_megabytes_travel_intact_both_ways(world: World) -> None:
     peer, trainer = await world.serving(echo), world.member()
     contents = [secrets.token_bytes(CHUNK_BYTES) for _ in range(10)]
 
-    answer = await ask(trainer, peer.endpoint, chunks(*contents))
+    answer = await ask(trainer, peer.endpoint, sending(*contents))
 
     assert answer == contents
 
@@ -52,16 +52,16 @@ async def test_ten_megabytes_travel_intact_both_ways(world: World) -> None:
 async def test_an_answer_may_begin_before_the_call_has_ended(world: World) -> None:
     answered = asyncio.Event()
 
-    async def frames() -> AsyncIterator[CallFrame]:
-        yield CallFrame(chunk=b"first")
+    async def frames() -> AsyncIterator[Frame]:
+        yield b"first"
         await answered.wait()
-        yield CallFrame(chunk=b"second")
+        yield b"second"
 
     peer, trainer = await world.serving(echo), world.member()
     contents: list[bytes] = []
 
-    async for reply in trainer.transport.call(peer.endpoint, Method.FORWARD, frames(), timeout_s=5):
-        contents.append(reply.chunk)
+    async for frame in trainer.transport.call(peer.endpoint, Method.FORWARD, frames(), timeout_s=5):
+        contents.append(frame)
         answered.set()
 
     assert contents == [b"first", b"second"]
@@ -90,18 +90,18 @@ async def test_a_refusal_reaches_a_caller_that_is_still_writing(world: World) ->
 
     for _ in range(10):
         with pytest.raises(PeerOverloaded, match="not now"):
-            await ask(trainer, peer.endpoint, chunks(*contents))
+            await ask(trainer, peer.endpoint, sending(*contents))
 
 
 async def test_a_refusal_after_part_of_the_answer_still_counts(world: World) -> None:
-    async def half(frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
-        yield ReplyFrame(chunk=b"half")
+    async def half(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
+        yield b"half"
         raise CallRefused(Refusal.OVERLOADED, "had to go")
 
     peer, trainer = await world.serving(half), world.member()
-    answer = trainer.transport.call(peer.endpoint, Method.FORWARD, chunks(b"x"), timeout_s=5)
+    answer = trainer.transport.call(peer.endpoint, Method.FORWARD, sending(b"x"), timeout_s=5)
 
-    assert (await anext(answer)).chunk == b"half"
+    assert await anext(answer) == b"half"
     with pytest.raises(PeerOverloaded, match="had to go"):
         await anext(answer)
 
@@ -125,8 +125,8 @@ async def test_a_servicers_bug_ends_the_call_and_not_the_server(
 
 
 async def test_a_bug_in_the_callers_frames_is_raised_at_the_caller(world: World) -> None:
-    async def frames() -> AsyncIterator[CallFrame]:
-        yield CallFrame(chunk=b"x")
+    async def frames() -> AsyncIterator[Frame]:
+        yield b"x"
         raise ZeroDivisionError("a bug of ours")
 
     peer, trainer = await world.serving(echo), world.member()
@@ -155,8 +155,8 @@ async def test_a_servicer_that_hangs_costs_the_caller_its_deadline_and_no_more(w
 
 
 async def test_a_caller_that_never_ends_its_stream_is_cut_at_its_deadline(world: World) -> None:
-    async def frames() -> AsyncIterator[CallFrame]:
-        yield CallFrame(chunk=b"x")
+    async def frames() -> AsyncIterator[Frame]:
+        yield b"x"
         await asyncio.Event().wait()
 
     peer, trainer = await world.serving(echo), world.member()
@@ -175,16 +175,16 @@ async def test_a_deadline_in_the_past_fails_at_once(world: World) -> None:
 async def test_closing_the_answer_cancels_the_servicer(world: World) -> None:
     cancelled = asyncio.Event()
 
-    async def then_hang(frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    async def then_hang(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         try:
-            yield ReplyFrame(chunk=b"begun")
+            yield b"begun"
             await asyncio.Event().wait()
         finally:
             cancelled.set()
 
     peer, trainer = await world.serving(then_hang), world.member()
-    answer = trainer.transport.call(peer.endpoint, Method.FORWARD, chunks(b"x"), timeout_s=5)
-    assert (await anext(answer)).chunk == b"begun"
+    answer = trainer.transport.call(peer.endpoint, Method.FORWARD, sending(b"x"), timeout_s=5)
+    assert await anext(answer) == b"begun"
 
     await answer.aclose()
 
@@ -338,7 +338,7 @@ async def test_info_of_nobody_is_unreachable(world: World) -> None:
 async def test_many_calls_at_once_do_not_mix(world: World) -> None:
     peer, trainer = await world.serving(echo), world.member()
 
-    answers = await asyncio.gather(*(ask(trainer, peer.endpoint, chunks(b"%d" % n)) for n in range(300)))
+    answers = await asyncio.gather(*(ask(trainer, peer.endpoint, sending(b"%d" % n)) for n in range(300)))
 
     assert answers == [[b"%d" % n] for n in range(300)]
 

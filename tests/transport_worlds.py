@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from peer.grpc_transport import GrpcTransport
 from peer.identity import Identity
 from peer.memory_transport import MemoryNetwork
-from peer.transport import CallContext, Endpoint, Method, Server, Transport
-from protos.swarm_pb2 import CallFrame, InfoReply, InfoRequest, ReplyFrame
+from peer.transport import CallContext, Endpoint, Frame, Method, Server, Transport
+from protos.swarm_pb2 import InfoReply, InfoRequest
 
-Answer = Callable[[AsyncIterator[CallFrame], CallContext], AsyncIterator[ReplyFrame]]
+Answer = Callable[[AsyncIterator[Frame], CallContext], AsyncIterator[Frame]]
 
 
 @dataclass
@@ -58,7 +58,7 @@ def grpc_world() -> World:
 
 
 class TestServicer:
-    """Answers both methods with one function."""
+    """Answers every streamed method with one function."""
 
     __test__ = False
 
@@ -68,21 +68,21 @@ class TestServicer:
     async def info(self, request: InfoRequest) -> InfoReply:
         return InfoReply(software_version="test", signature=request.nonce)
 
-    def forward(self, frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    def forward(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         return self._answer(frames, context)
 
-    backward = forward
+    backward = probe = forward
 
 
-async def echo(frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+async def echo(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
     async for frame in frames:
-        yield ReplyFrame(chunk=frame.chunk)
+        yield frame
 
 
 def before(action: Callable[[CallContext], Awaitable[None]], answer: Answer = echo) -> Answer:
     """A servicer's function that first does something else, such as waiting or refusing."""
 
-    async def act(frames: AsyncIterator[CallFrame], context: CallContext) -> AsyncIterator[ReplyFrame]:
+    async def act(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         await action(context)
         async for reply in answer(frames, context):
             yield reply
@@ -90,20 +90,20 @@ def before(action: Callable[[CallContext], Awaitable[None]], answer: Answer = ec
     return act
 
 
-async def chunks(*contents: bytes) -> AsyncIterator[CallFrame]:
+async def sending(*contents: Frame) -> AsyncIterator[Frame]:
     for content in contents:
-        yield CallFrame(chunk=content)
+        yield content
 
 
 async def ask(
     caller: Member,
     endpoint: Endpoint,
-    frames: AsyncIterable[CallFrame] | None = None,
+    frames: AsyncIterable[Frame] | None = None,
     *,
     method: Method = Method.FORWARD,
     timeout_s: float = 5.0,
-) -> list[bytes]:
-    """The chunks of the whole answer."""
-    stream = caller.transport.call(endpoint, method, frames or chunks(b"hello"), timeout_s=timeout_s)
+) -> list[Frame]:
+    """The whole answer."""
+    stream = caller.transport.call(endpoint, method, frames or sending(b"hello"), timeout_s=timeout_s)
     async with aclosing(stream) as replies:
-        return [reply.chunk async for reply in replies]
+        return [frame async for frame in replies]

@@ -8,6 +8,7 @@ from experts.uid import RunId
 from peer.call_stream import write_call
 from peer.messages import Call, CallLimits, ExpertOutcome, ExpertRows, GroupReply, Mode, Outcome
 from peer.tensors import Role, encode
+from peer.transport import Frame
 from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
 
@@ -61,19 +62,14 @@ def whole_answer(*, codec: Codec = Codec.BF16) -> list[GroupReply]:
 
 
 async def frames_of(call: Call) -> list[pb.CallFrame]:
-    return [frame async for frame in write_call(call)]
+    """What protobuf makes of the call's frames."""
+    return [pb.CallFrame.FromString(frame) async for frame in write_call(call)]
 
 
-async def call_frames(frames: Iterable[pb.CallFrame]) -> AsyncIterator[pb.CallFrame]:
-    """Over the wire and back."""
+async def on_the_wire(frames: Iterable[pb.CallFrame | pb.ReplyFrame]) -> AsyncIterator[Frame]:
+    """What protobuf makes of frames that may be of our own making."""
     for frame in frames:
-        yield pb.CallFrame.FromString(frame.SerializeToString())
-
-
-async def reply_frames(frames: Iterable[pb.ReplyFrame]) -> AsyncIterator[pb.ReplyFrame]:
-    """Over the wire and back."""
-    for frame in frames:
-        yield pb.ReplyFrame.FromString(frame.SerializeToString())
+        yield frame.SerializeToString()
 
 
 async def collect(groups: AsyncIterable[GroupReply]) -> list[GroupReply]:

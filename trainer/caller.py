@@ -23,8 +23,7 @@ from peer.errors import (
 )
 from peer.messages import Call, GroupReply, Outcome, ReplyLimits
 from peer.reply_stream import read_reply
-from peer.transport import Endpoint, Method, Transport
-from protos.swarm_pb2 import CallFrame, ReplyFrame
+from peer.transport import Endpoint, Frame, Method, Transport
 from trainer.ledger import LossReason
 
 log = structlog.get_logger(__name__)
@@ -118,12 +117,12 @@ class _Sizes:
         self.up = 0
         self.down = 0
 
-    async def count_up(self, frames: AsyncIterator[CallFrame]) -> AsyncIterator[CallFrame]:
+    async def count_up(self, frames: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
         async for frame in frames:
-            self.up += frame.ByteSize()
+            self.up += len(frame)
             yield frame
 
-    async def count_down(self, frames: AsyncIterator[ReplyFrame]) -> AsyncGenerator[ReplyFrame]:
+    async def count_down(self, frames: AsyncIterator[Frame]) -> AsyncGenerator[Frame]:
         async for frame in frames:
-            self.down += frame.ByteSize()
+            self.down += len(frame)
             yield frame
