@@ -19,7 +19,7 @@ from peer.certificates import sha256_of
 from peer.errors import CouldNotJoin, MalformedMessage, ManifestMismatch, RemoteError, WrongKey
 from peer.identity import Domain, Identity, peer_id_of, public_key_of, verify
 from peer.manifest import PROTOCOL_VERSION, RunManifest
-from peer.transport import PeerId, Transport
+from peer.transport import Endpoint, PeerId, Transport
 from protos.swarm_pb2 import InfoReply, InfoRequest, SignedManifest
 
 NONCE_BYTES = 16
@@ -47,10 +47,15 @@ class Introduction:
 
     peer_id: PeerId
     address: str
+    certificate_der: bytes
     manifest: RunManifest
     signed_manifest: bytes
     dht_addresses: tuple[str, ...]
     software_version: str
+
+    def endpoint(self) -> Endpoint:
+        """Whoever introduced us, to be called."""
+        return Endpoint(self.peer_id, self.address, self.certificate_der)
 
 
 def parse_join(text: str) -> JoinAddress:
@@ -140,6 +145,7 @@ def verify_info(reply: InfoReply, *, join: JoinAddress, nonce: bytes, certificat
     return Introduction(
         peer_id=peer_id,
         address=join.address,
+        certificate_der=certificate_der,
         manifest=verify_manifest(reply.signed_manifest),
         signed_manifest=reply.signed_manifest,
         dht_addresses=tuple(reply.dht_addresses),

@@ -7,6 +7,7 @@ from peer.call_stream import read_call
 from peer.compute_thread import ComputeThreadStopped
 from peer.expert_host import ExpertHost
 from peer.messages import CallLimits
+from peer.probing import ProbeAnswerer
 from peer.reply_stream import write_reply
 from peer.transport import CallContext, CallRefused, Frame, Method, Refusal
 from protos.swarm_pb2 import InfoReply, InfoRequest
@@ -32,6 +33,7 @@ class ExpertService:
         self._bytes_in_flight = 0
         self._limits = limits
         self._introduce = introduce
+        self._prober = ProbeAnswerer()
         self._leaving = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -46,9 +48,8 @@ class ExpertService:
     def backward(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         return self._answer(Method.BACKWARD, frames, context)
 
-    async def probe(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
-        raise CallRefused(Refusal.INVALID, "this peer answers no probes")
-        yield b""  # makes it a stream
+    def probe(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
+        return self._prober.answer(frames, context)
 
     async def leave(self, *, timeout_s: float) -> bool:
         """Refuse new calls and wait for the running ones; False when some were still running at the end."""

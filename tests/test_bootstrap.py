@@ -149,6 +149,7 @@ def test_an_introduction_holds_what_was_proved() -> None:
     assert introduction == Introduction(
         peer_id=peer.peer_id,
         address="host:1",
+        certificate_der=CERTIFICATE,
         manifest=MANIFEST,
         signed_manifest=SIGNED_MANIFEST,
         dht_addresses=("/ip4/192.0.2.7/tcp/4001/p2p/Qm",),

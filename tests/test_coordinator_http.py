@@ -18,6 +18,7 @@ from peer.errors import BadConfiguration, CouldNotListen, ManifestMismatch, Requ
 from peer.identity import Identity
 from peer.memory_store import MemoryBoard, MemoryStore
 from peer.memory_transport import MemoryNetwork
+from peer.probing import measure_link
 from peer.records import RECORD_LIFETIME_S, PeerRecord
 from peer.run_folder import RUN_FILE
 from peer.transport import Endpoint, Method
@@ -92,7 +93,7 @@ async def test_a_joiner_is_told_the_run_and_where_the_dht_is(swarm: Swarm) -> No
     assert told.dht_addresses == tuple(swarm.store(swarm.owner).addresses())
 
 
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("method", [Method.FORWARD, Method.BACKWARD])
 async def test_a_coordinator_refuses_calls_with_a_sentence(swarm: Swarm, method: Method) -> None:
     async with swarm.coordinating() as opened:
         transport = swarm.network.transport(swarm.member)
@@ -104,6 +105,16 @@ async def test_a_coordinator_refuses_calls_with_a_sentence(swarm: Swarm, method:
         with pytest.raises(RequestRejected, match="hosts no experts"):
             async for _ in transport.call(endpoint, method, no_frames(), timeout_s=5):
                 pass
+
+
+async def test_a_coordinator_lets_a_joiner_measure_the_way_to_it(swarm: Swarm) -> None:
+    async with swarm.coordinating() as opened:
+        transport = swarm.network.transport(swarm.member)
+        told = await introduce(transport, [parse_join(opened.join)], timeout_s=5)
+
+        link = await measure_link(transport, told.endpoint())
+
+    assert link.bits_per_s > 0
 
 
 async def test_the_run_is_in_the_records_signed_by_its_owner(swarm: Swarm) -> None:

@@ -1,0 +1,176 @@
+"""The probe, both ends: how fast bytes go to another member and come back. Carries noise; knows no experts.
+
+A `ProbeHeader`, then chunks up; as many bytes as the header asked for down, then `CallEnd`. The answering side bounds
+both, and how long and how many at once: a probe is worth little to a stranger.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+from peer.errors import DeadlineExceeded, MalformedMessage, MalformedReply
+from peer.framing import chunk_frame, parse_frame
+from peer.rates import MeasuredLink
+from peer.transport import CHUNK_BYTES, CallContext, CallRefused, Endpoint, Frame, Method, Refusal, Transport
+from protos import swarm_pb2 as pb
+
+MAX_PROBE_BYTES = 8 << 20
+"""Each way. A gigabit link takes 70 ms for them."""
+MAX_PROBE_S = 10.0
+MAX_PROBES_AT_ONCE = 4
+MEASURE_WITHIN_S = 1.5
+
+_FIRST_BYTES = 8 << 10
+"""0.6 s at 0.1 Mbit/s: the slowest link that is measured."""
+_LONG_ENOUGH_S = 0.15
+_AIM_S = 0.3
+_MOST_GROWTH = 32
+_LEAST_CARRYING = 0.1
+"""Of a probe's time at least this share was spent on its bytes, however the latency was that day."""
+_NOISE = os.urandom(CHUNK_BYTES)  # some links compress
+
+
+class ProbeAnswerer:
+    """The answering side. One per process; belongs to the event loop."""
+
+    def __init__(self) -> None:
+        self._running = 0
+
+    async def answer(self, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
+        """Take the caller's bytes and send what it asked for. Raises CallRefused."""
+        if context.deadline_s - asyncio.get_running_loop().time() > MAX_PROBE_S:
+            raise CallRefused(Refusal.INVALID, f"a probe is given at most {MAX_PROBE_S:.0f} s")
+        if self._running >= MAX_PROBES_AT_ONCE:
+            raise CallRefused(Refusal.OVERLOADED, f"{self._running} probes are running already; try later")
+        self._running += 1
+        try:
+            reply_bytes = await _read_probe(frames)
+            for frame in _chunks(reply_bytes):
+                yield frame
+            yield pb.ReplyFrame(end=pb.CallEnd()).SerializeToString()
+        except MalformedMessage as error:
+            raise CallRefused(Refusal.INVALID, str(error)) from None
+        finally:
+            self._running -= 1
+
+
+async def measure_link(
+    transport: Transport, endpoint: Endpoint, *, timeout_s: float = MEASURE_WITHIN_S
+) -> MeasuredLink:
+    """The way to this member: latency, then up, then down, each with as many bytes as take about 0.3 s.
+
+    Half of what time there is after the latency goes to each direction; what a direction measured by then counts.
+    Raises a RemoteError when there is no answer to the smallest probe.
+    """
+    way = _Way(transport, endpoint)
+    end_s = asyncio.get_running_loop().time() + timeout_s
+    await way.time(timeout_s=timeout_s)  # opens the connection
+    latency_s = min([await way.time(timeout_s=_left(end_s)) for _ in range(2)])
+    up_bits_per_s = await _bits_per_s(
+        lambda size_bytes, left_s: way.time(up_bytes=size_bytes, timeout_s=left_s),
+        latency_s=latency_s,
+        timeout_s=_left(end_s) / 2,
+    )
+    down_bits_per_s = await _bits_per_s(
+        lambda size_bytes, left_s: way.time(down_bytes=size_bytes, timeout_s=left_s),
+        latency_s=latency_s,
+        timeout_s=_left(end_s),
+    )
+    return MeasuredLink(up_bits_per_s=up_bits_per_s, down_bits_per_s=down_bits_per_s, latency_ms=latency_s * 1e3)
+
+
+class _Way:
+    """To one member, and back."""
+
+    def __init__(self, transport: Transport, endpoint: Endpoint) -> None:
+        self._transport = transport
+        self._endpoint = endpoint
+
+    async def time(self, *, up_bytes: int = 0, down_bytes: int = 0, timeout_s: float) -> float:
+        """Seconds from the first byte up to the last one down. Raises a RemoteError."""
+        clock = asyncio.get_running_loop().time
+        frames = _probe(up_bytes, down_bytes)
+        started_s = clock()
+        async with aclosing(self._transport.call(self._endpoint, Method.PROBE, frames, timeout_s=timeout_s)) as replies:
+            try:
+                await _read_reply(replies, down_bytes)
+            except MalformedMessage as error:
+                peer_id = self._endpoint.peer_id
+                raise MalformedReply(str(error), peer_id=peer_id, method=Method.PROBE.value) from None
+        return max(clock() - started_s, 1e-6)
+
+
+async def _bits_per_s(probe: Callable[[int, float], Awaitable[float]], *, latency_s: float, timeout_s: float) -> float:
+    """By larger and larger probes, until one takes long enough, is the largest, or time is up."""
+    end_s = asyncio.get_running_loop().time() + timeout_s
+    size_bytes, measured = _FIRST_BYTES, None
+    while True:
+        try:
+            elapsed_s = await probe(size_bytes, _left(end_s))
+        except DeadlineExceeded:
+            if measured is None:
+                raise
+            return measured
+        carrying_s = max(elapsed_s - latency_s, _LEAST_CARRYING * elapsed_s)
+        measured = 8 * size_bytes / carrying_s
+        if carrying_s >= _LONG_ENOUGH_S or size_bytes == MAX_PROBE_BYTES:
+            return measured
+        size_bytes = min(MAX_PROBE_BYTES, int(size_bytes * min(_MOST_GROWTH, _AIM_S / carrying_s)))
+
+
+async def _probe(up_bytes: int, down_bytes: int) -> AsyncIterator[Frame]:
+    yield pb.CallFrame(probe=pb.ProbeHeader(reply_bytes=down_bytes)).SerializeToString()
+    for frame in _chunks(up_bytes):
+        yield frame
+
+
+def _chunks(size_bytes: int) -> list[Frame]:
+    """Frames of noise: whole chunks are one object, however many there are."""
+    num_whole, rest_bytes = divmod(size_bytes, CHUNK_BYTES)
+    rest = [chunk_frame([memoryview(_NOISE)[:rest_bytes]])] if rest_bytes else []
+    return [_WHOLE_CHUNK] * num_whole + rest
+
+
+async def _read_probe(frames: AsyncIterator[Frame]) -> int:
+    """How many bytes it asks for, once all it sends has come. Raises MalformedMessage or CallRefused."""
+    header = parse_frame(await anext(frames, b""), pb.CallFrame)
+    if not isinstance(header, pb.CallFrame) or not header.HasField("probe"):
+        raise MalformedMessage("a probe starts with its header")
+    reply_bytes = header.probe.reply_bytes
+    if reply_bytes > MAX_PROBE_BYTES:
+        raise CallRefused(Refusal.TOO_LARGE, f"a probe asks for at most {MAX_PROBE_BYTES} bytes")
+    came_bytes = 0
+    async for frame in frames:
+        came_bytes += _chunk_bytes(parse_frame(frame, pb.CallFrame))
+        if came_bytes > MAX_PROBE_BYTES:
+            raise CallRefused(Refusal.TOO_LARGE, f"a probe carries at most {MAX_PROBE_BYTES} bytes")
+    return reply_bytes
+
+
+async def _read_reply(replies: AsyncIterable[Frame], asked_bytes: int) -> None:
+    """Raises MalformedMessage unless as many bytes come as were asked for, and then the end."""
+    came_bytes = 0
+    async for frame in replies:
+        message = parse_frame(frame, pb.ReplyFrame)
+        if isinstance(message, pb.ReplyFrame) and message.HasField("end"):
+            if came_bytes != asked_bytes:
+                raise MalformedMessage(f"{came_bytes} bytes came of {asked_bytes}")
+            return
+        came_bytes += _chunk_bytes(message)
+        if came_bytes > asked_bytes:
+            raise MalformedMessage(f"more than the {asked_bytes} bytes asked for came")
+    raise MalformedMessage("the answer stopped before its end")
+
+
+def _chunk_bytes(message: pb.CallFrame | pb.ReplyFrame | memoryview) -> int:
+    if not isinstance(message, memoryview) or not message:
+        raise MalformedMessage("nothing but chunks belongs there")
+    return len(message)
+
+
+def _left(end_s: float) -> float:
+    return max(0.001, end_s - asyncio.get_running_loop().time())
+
+
+_WHOLE_CHUNK = chunk_frame([_NOISE])

@@ -1,0 +1,34 @@
+"""What a peer measured of its link and its device, as its record tells it. Bounded; measures and judges nothing."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Speed = Annotated[float, Field(ge=1e-3, le=1e18, allow_inf_nan=False)]
+"""Per second. Never zero: what reads records divides by it."""
+
+
+class _Measured(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer member may say more
+
+
+class MeasuredLink(_Measured):
+    """The way from a peer to another member, as calls see it: with TLS, through gRPC."""
+
+    up_bits_per_s: Speed
+    down_bits_per_s: Speed
+    latency_ms: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+    """There and back, with nothing to carry."""
+
+    @property
+    def bits_per_s(self) -> float:
+        """W. A call moves as many bits up as down, so the slower way decides."""
+        return min(self.up_bits_per_s, self.down_bits_per_s)
+
+
+class MeasuredDevice(_Measured):
+    """A device that has nothing to do but one kind of expert, forward and backward."""
+
+    tokens_per_s: Speed
+    flops_per_s: Speed
+    """F, what it achieves; not what its maker says."""
