@@ -13,7 +13,7 @@ import structlog
 
 from peer.errors import RecordsUnavailable
 from peer.records import Kind, RecordStore, Signed
-from peer.snapshot import DirectorySnapshot, take_snapshot
+from peer.snapshot import EMPTY, DirectorySnapshot, take_snapshot
 from peer.transport import PeerId
 
 log = structlog.get_logger()
@@ -38,7 +38,7 @@ class Directory:
         self._clock = clock
         self._known: dict[Kind, dict[PeerId, Signed]] = {"peer": {}, "trainer": {}}
         self._latencies_s: dict[PeerId, float] = {}
-        self._snapshot = take_snapshot({}, {}, {}, now_unix_s=0.0)
+        self._snapshot = EMPTY
         self._changed = asyncio.Event()
         self._is_failing = False
 
@@ -59,9 +59,9 @@ class Directory:
             self._known[kind] = merge(self._known[kind], await self._read(kind, now_unix_s), now_unix_s=now_unix_s)
         peers = self._known["peer"]
         self._latencies_s = {peer_id: s for peer_id, s in self._latencies_s.items() if peer_id in peers}
-        before, self._snapshot = (
-            self._snapshot,
-            take_snapshot(peers, self._known["trainer"], self._latencies_s, now_unix_s=now_unix_s),
+        before = self._snapshot
+        self._snapshot = take_snapshot(
+            peers, self._known["trainer"], self._latencies_s, now_unix_s=now_unix_s, before=before
         )
         _log_changes(before, self._snapshot)
         changed, self._changed = self._changed, asyncio.Event()

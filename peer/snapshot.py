@@ -3,18 +3,16 @@
 A training step takes one and never waits for another.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from experts.uid import ExpertUid
 from peer.claims import Claim
-from peer.records import HostedExpert, PeerRecord, PeerState, Signed, TrainerRecord
+from peer.hosting import Hosting, LayerHosts, PeerLines, says_the_same
+from peer.records import PeerRecord, Signed, TrainerRecord
 from peer.transport import Endpoint, PeerId
-
-_CLAIMING: frozenset[PeerState] = frozenset({"joining", "syncing", "online"})
-"""A draining peer's experts are free to claim: it will not be back for them."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,17 @@ class DirectorySnapshot:
     peers: Mapping[PeerId, PeerRecord]
     """In any state but offline."""
     trainers: Mapping[PeerId, TrainerRecord]
-    replicas_by_uid: Mapping[ExpertUid, tuple[Replica, ...]]
-    claims_by_uid: Mapping[ExpertUid, tuple[Claim, ...]]
+    hosting: Hosting
+    """The same object in the next snapshot as long as nobody says anything new about hosting."""
+    endpoints: Mapping[PeerId, Endpoint]
+    latencies_s: Mapping[PeerId, float]
+    """Moving average of what we measured, of those we have called."""
     expiries: Mapping[PeerId, float]
     """When each peer's record expires, on the wall clock: a later one is a newer sign of life."""
 
     def replicas(self, uid: ExpertUid) -> tuple[Replica, ...]:
         """Who can be called for it: online, neither paused nor quarantined; lowest (claim time, peer id) first."""
-        return self.replicas_by_uid.get(uid, ())
+        return tuple(self._replica(uid, peer_id, line) for peer_id, line in self.hosting.callable_lines(uid))
 
     def primary(self, uid: ExpertUid) -> Replica | None:
         """Who takes the backward steps: the earliest claim."""
@@ -63,11 +64,36 @@ class DirectorySnapshot:
 
     def claims(self, uid: ExpertUid) -> tuple[Claim, ...]:
         """Who means to serve it, those not online yet included; earliest first."""
-        return self.claims_by_uid.get(uid, ())
+        return self.hosting.claims(uid)
 
     def uncovered(self, uids: Iterable[ExpertUid]) -> list[ExpertUid]:
         """Those nobody can be called for."""
-        return [uid for uid in uids if uid not in self.replicas_by_uid]
+        return [uid for uid in uids if not self.hosting.is_served(uid)]
+
+    def layer(self, layer: int, num_experts: int, *, without: Collection[PeerId] = ()) -> LayerHosts:
+        """Whom to call for each expert of a layer, doing without some peers. Costs microseconds, also for thousands."""
+        return self.hosting.layer(layer, num_experts, without=without)
+
+    def _replica(self, uid: ExpertUid, peer_id: PeerId, position: int) -> Replica:
+        record = self.peers[peer_id]
+        line = record.experts[position]
+        return Replica(
+            uid=uid,
+            endpoint=self.endpoints[peer_id],
+            version=line.version,
+            claimed_at_unix_s=line.claimed_at_unix_s,
+            bias=line.bias,
+            share=line.share,
+            rows_served=line.rows_served,
+            queued_rows=record.queued_rows,
+            throughput_tokens_per_s=record.throughput_tokens_per_s,
+            latency_s=self.latencies_s.get(peer_id),
+        )
+
+
+_NOTHING: Mapping[PeerId, Any] = MappingProxyType({})
+EMPTY = DirectorySnapshot(0.0, _NOTHING, _NOTHING, Hosting({}), _NOTHING, _NOTHING, _NOTHING)
+"""Before anything is known."""
 
 
 def take_snapshot(
@@ -76,24 +102,14 @@ def take_snapshot(
     latencies_s: Mapping[PeerId, float],
     *,
     now_unix_s: float,
+    before: DirectorySnapshot = EMPTY,
 ) -> DirectorySnapshot:
-    """Read the records of one moment."""
+    """Read the records of one moment. What has not changed since the moment `before` is taken from there."""
     present = {
         peer_id: signed.record
         for peer_id, signed in peers.items()
         if isinstance(signed.record, PeerRecord) and signed.record.state != "offline"
     }
-    replicas: defaultdict[ExpertUid, list[Replica]] = defaultdict(list)
-    claims: defaultdict[ExpertUid, list[Claim]] = defaultdict(list)
-    for peer_id, record in present.items():
-        hosted = {ExpertUid.parse(line.uid): line for line in record.experts}
-        if record.state in _CLAIMING:
-            for uid, line in hosted.items():
-                claims[uid].append(Claim(line.claimed_at_unix_s, peer_id))
-        if record.state == "online" and not {"paused", "quarantined"} & set(record.flags):
-            endpoint = record.endpoint()
-            for uid, line in hosted.items():
-                replicas[uid].append(_replica(uid, line, record, endpoint, latencies_s.get(peer_id)))
     return DirectorySnapshot(
         taken_at_unix_s=now_unix_s,
         peers=MappingProxyType(present),
@@ -104,28 +120,30 @@ def take_snapshot(
                 if isinstance(signed.record, TrainerRecord) and signed.record.state != "offline"
             }
         ),
-        replicas_by_uid=MappingProxyType({uid: _by_claim(those) for uid, those in replicas.items()}),
-        claims_by_uid=MappingProxyType({uid: tuple(sorted(those)) for uid, those in claims.items()}),
+        hosting=_hosting(present, before),
+        endpoints=MappingProxyType({peer_id: _endpoint(record, before) for peer_id, record in present.items()}),
+        latencies_s=MappingProxyType(dict(latencies_s)),
         expiries=MappingProxyType({peer_id: peers[peer_id].expires_at_unix_s for peer_id in present}),
     )
 
 
-def _by_claim(replicas: Sequence[Replica]) -> tuple[Replica, ...]:
-    return tuple(sorted(replicas, key=lambda replica: replica.claim))
+def _hosting(present: Mapping[PeerId, PeerRecord], before: DirectorySnapshot) -> Hosting:
+    lines = {peer_id: _lines(record, before) for peer_id, record in present.items()}
+    known = before.hosting.lines
+    if lines.keys() == known.keys() and all(lines[peer_id] is known[peer_id] for peer_id in lines):
+        return before.hosting
+    return Hosting(lines)
 
 
-def _replica(
-    uid: ExpertUid, line: HostedExpert, record: PeerRecord, endpoint: Endpoint, latency_s: float | None
-) -> Replica:
-    return Replica(
-        uid=uid,
-        endpoint=endpoint,
-        version=line.version,
-        claimed_at_unix_s=line.claimed_at_unix_s,
-        bias=line.bias,
-        share=line.share,
-        rows_served=line.rows_served,
-        queued_rows=record.queued_rows,
-        throughput_tokens_per_s=record.throughput_tokens_per_s,
-        latency_s=latency_s,
-    )
+def _lines(record: PeerRecord, before: DirectorySnapshot) -> PeerLines:
+    was = before.peers.get(record.peer_id)
+    if was is not None and (was is record or says_the_same(was, record)):
+        return before.hosting.lines[record.peer_id]
+    return PeerLines.of(record)
+
+
+def _endpoint(record: PeerRecord, before: DirectorySnapshot) -> Endpoint:
+    was = before.peers.get(record.peer_id)
+    if was is not None and (was.address, was.certificate_der_b64) == (record.address, record.certificate_der_b64):
+        return before.endpoints[record.peer_id]
+    return record.endpoint()

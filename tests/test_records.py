@@ -3,10 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from experts.uid import ExpertUid
-from peer.records import HostedExpert, PeerRecord, TrainerRecord
-from peer.snapshot import Replica, take_snapshot
-from peer.transport import Endpoint, PeerId
+from peer.records import HostedExpert, PeerRecord, Signed, TrainerRecord
+from peer.snapshot import take_snapshot
+from peer.transport import PeerId
 from trainer.absences import Absences
 from trainer.swarm import view_of
 
@@ -71,26 +70,10 @@ def test_a_trainer_out_of_bounds_is_no_record(fields: dict[str, object]) -> None
 @pytest.mark.parametrize(("share", "bias"), [(1e6, 100.0), (0.0, -100.0), (1e-30, 0.0)])
 def test_whatever_a_record_may_say_makes_a_view(share: float, bias: float) -> None:
     extreme, plain = hosted(share=share, bias=bias), hosted(uid="0.1")
-    replicas = {ExpertUid.parse(line.uid): (_replica(line),) for line in (extreme, plain)}
-    snapshot = take_snapshot({}, {}, {}, now_unix_s=0.0)
-    object.__setattr__(snapshot, "replicas_by_uid", replicas)
+    signed = Signed(ANNE, peer(state="online", experts=(extreme, plain)), expires_at_unix_s=15.0)
+    snapshot = take_snapshot({ANNE: signed}, {}, {}, now_unix_s=0.0)
 
     view = view_of(snapshot, 0, 2, Absences())
 
     assert view.num_live == 2
     assert float(view.share_E.sum()) == pytest.approx(1.0)
-
-
-def _replica(line: HostedExpert) -> Replica:
-    return Replica(
-        uid=ExpertUid.parse(line.uid),
-        endpoint=Endpoint(ANNE, "192.0.2.7:4700", b""),
-        version=line.version,
-        claimed_at_unix_s=line.claimed_at_unix_s,
-        bias=line.bias,
-        share=line.share,
-        rows_served=line.rows_served,
-        queued_rows=0,
-        throughput_tokens_per_s=0.0,
-        latency_s=None,
-    )

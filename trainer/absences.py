@@ -6,8 +6,10 @@ every step till then: it is believed gone until it signs a newer record than the
 
 import threading
 
-from peer.snapshot import DirectorySnapshot, Replica
+from peer.snapshot import DirectorySnapshot
 from peer.transport import PeerId
+
+_NOBODY: frozenset[PeerId] = frozenset()
 
 
 class Absences:
@@ -22,14 +24,14 @@ class Absences:
         with self._lock:
             self._last_expiry_unix_s[peer_id] = snapshot.expiries.get(peer_id, 0.0)
 
-    def is_absent(self, replica: Replica, snapshot: DirectorySnapshot) -> bool:
-        """Has it been silent since it failed us?"""
-        peer_id = replica.endpoint.peer_id
+    def absent(self, snapshot: DirectorySnapshot) -> frozenset[PeerId]:
+        """Those that have been silent since they failed us. Whoever has spoken since is forgiven for good."""
         with self._lock:
-            expiry_unix_s = self._last_expiry_unix_s.get(peer_id)
-            if expiry_unix_s is None:
-                return False
-            if snapshot.expiries.get(peer_id, 0.0) > expiry_unix_s:
-                del self._last_expiry_unix_s[peer_id]
-                return False
-            return True
+            if not self._last_expiry_unix_s:
+                return _NOBODY
+            self._last_expiry_unix_s = {
+                peer_id: expiry_unix_s
+                for peer_id, expiry_unix_s in self._last_expiry_unix_s.items()
+                if snapshot.expiries.get(peer_id, 0.0) <= expiry_unix_s
+            }
+            return frozenset(self._last_expiry_unix_s)

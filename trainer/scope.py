@@ -52,6 +52,11 @@ class StepScope:
         with self._lock:
             return peer_id in self._suspects
 
+    def suspects(self) -> frozenset[PeerId]:
+        """Everybody who has failed in this step so far."""
+        with self._lock:
+            return frozenset(self._suspects)
+
     def answered(self, layer: int, *, sent: int, answered: int) -> None:
         with self._lock:
             before = self._answers[layer]

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from experts.uid import ExpertUid
+import torch
+
 from peer.bootstrap import parse_join
 from peer.event_loop import EventLoopThread
 from peer.held import Held
@@ -18,7 +19,7 @@ from peer.identity import Identity
 from peer.library_logging import log_like_a_library
 from peer.manifest import RunManifest
 from peer.membership import Membership, membership
-from peer.snapshot import DirectorySnapshot, Replica
+from peer.snapshot import DirectorySnapshot
 from peer.supervisor import DhtSupervisor
 from trainer.absences import Absences
 from trainer.moe import MoELayer
@@ -72,7 +73,7 @@ class Swarm:
 
     def wait_for_experts(self, *, timeout_s: float, at_least: int | None = None) -> bool:
         """Block until so many experts of the run (none: every one) can be called; False when they cannot in time."""
-        num_experts = len(self.manifest.uids())
+        num_experts = self.manifest.moe_layers * self.manifest.experts_per_layer
         wanted = num_experts if at_least is None else min(at_least, num_experts)
         return self.wait_until(lambda snapshot: self._num_live(snapshot) >= wanted, timeout_s=timeout_s)
 
@@ -92,8 +93,10 @@ class Swarm:
         self.close()
 
     def _num_live(self, snapshot: DirectorySnapshot) -> int:
-        uids = self.manifest.uids()
-        return sum(_first_present(snapshot, uid, self.experts.absences) is not None for uid in uids)
+        absent = self.experts.absences.absent(snapshot)
+        num_experts = self.manifest.experts_per_layer
+        layers = (snapshot.layer(layer, num_experts, without=absent) for layer in range(self.manifest.moe_layers))
+        return sum(int(hosts.is_served_E.sum()) for hosts in layers)
 
 
 def join(*addresses: str, timeout_s: float = 30.0) -> Swarm:
@@ -151,17 +154,10 @@ def router_for(manifest: RunManifest, layer: int, *, preset: str | None = None) 
 
 def view_of(snapshot: DirectorySnapshot, layer: int, num_experts: int, absences: Absences) -> View:
     """One layer as routers read it. An expert is alive when somebody whom we have not missed takes calls for it."""
-
-    uids = [ExpertUid(layer, index) for index in range(num_experts)]
-    primaries = [_first_present(snapshot, uid, absences) for uid in uids]
+    hosts = snapshot.layer(layer, num_experts, without=absences.absent(snapshot))
     return View.of(
         layer,
-        [primary is not None for primary in primaries],
-        capacity=[primary.share if primary is not None else 0.0 for primary in primaries],
-        bias=[primary.bias if primary is not None else 0.0 for primary in primaries],
+        torch.from_numpy(hosts.is_served_E),
+        capacity=torch.from_numpy(hosts.share_E),
+        bias=torch.from_numpy(hosts.bias_E),
     )
-
-
-def _first_present(snapshot: DirectorySnapshot, uid: ExpertUid, absences: Absences) -> Replica | None:
-    present = (replica for replica in snapshot.replicas(uid) if not absences.is_absent(replica, snapshot))
-    return next(present, None)

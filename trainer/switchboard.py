@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from experts.uid import ExpertUid
 from peer.directory import Directory
 from peer.event_loop import EventLoopThread
 from peer.messages import Call, ReplyLimits
@@ -53,13 +52,10 @@ class Switchboard:
     def assign(self, plan: Plan, layer: int, scope: StepScope) -> dict[int, Endpoint]:
         """The replica of each chosen expert: the first that is neither suspected in this step nor absent."""
         snapshot = self._directory.snapshot()
-        chosen: dict[int, Endpoint] = {}
-        for slot, _ in plan.groups():
-            for replica in snapshot.replicas(ExpertUid(layer, slot)):
-                if not (scope.is_suspect(replica.endpoint.peer_id) or self.absences.is_absent(replica, snapshot)):
-                    chosen[slot] = replica.endpoint
-                    break
-        return chosen
+        avoided = scope.suspects() | self.absences.absent(snapshot)
+        hosts = snapshot.layer(layer, plan.num_experts, without=avoided)
+        chosen = ((slot, hosts.host(slot)) for slot, _ in plan.groups())
+        return {slot: snapshot.endpoints[peer_id] for slot, peer_id in chosen if peer_id is not None}
 
     def send(self, method: Method, calls: Sequence[Outgoing], scope: StepScope) -> list[CallResult]:
         """Send calls side by side and wait for all of them. Blocks the training thread, not the loop."""

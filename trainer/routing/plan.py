@@ -5,6 +5,7 @@ Between `dispatch` and `combine` lies the network, which may lose any subset of 
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -84,9 +85,9 @@ class Plan:
 
     def groups(self) -> tuple[tuple[int, slice], ...]:
         """(slot, its rows among the N) for every expert that is sent anything, by slot. Waits for the device."""
-        stops = self.expert_N.bincount(minlength=self.num_experts).cumsum(0).tolist()
-        starts = [0, *stops[:-1]]
-        return tuple((e, slice(a, b)) for e, (a, b) in enumerate(zip(starts, stops, strict=True)) if a < b)
+        slots, counts = self.expert_N.unique_consecutive(return_counts=True)
+        bounds = pairwise([0, *counts.cumsum(0).tolist()])
+        return tuple((slot, slice(start, stop)) for slot, (start, stop) in zip(slots.tolist(), bounds, strict=True))
 
     def dropped(self) -> dict[Fate, int]:
         """Chosen pairs that are not sent, by what became of them. Waits for the device."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Self
 
 import torch
@@ -33,7 +33,7 @@ class View:
             raise ValueError(f"a view of {shape[0]} experts needs alive_E, share_E and prior_E of that length")
         if self.alive_E.dtype != torch.bool:
             raise ValueError(f"alive_E is bool, not {self.alive_E.dtype}")
-        if any(uid.index != slot or uid.layer != self.uids[0].layer for slot, uid in enumerate(self.uids)):
+        if self.uids and self.uids != _layer_uids(self.uids[0].layer, len(self.uids)):
             raise ValueError("a view lists all experts of one layer by index")
         if not self.prior_E.isfinite().all():
             raise ValueError("prior_E must be finite: a dead expert is said by alive_E")
@@ -65,7 +65,7 @@ class View:
         largest = torch.where(alive_E, capacity_E, 0.0).max().clamp(min=torch.finfo(torch.float32).tiny)
         relative_E = torch.where(alive_E, (capacity_E / largest).clamp(min=_LEAST_SHARE), 0.0)
         return cls(
-            uids=tuple(ExpertUid(layer, index) for index in range(len(alive_E))),
+            uids=_layer_uids(layer, len(alive_E)),
             alive_E=alive_E,
             share_E=relative_E / relative_E.sum().clamp(min=_LEAST_SHARE),
             prior_E=recentred(bias_E, alive_E),
@@ -88,6 +88,12 @@ class View:
 
 _LEAST_SHARE = 1e-3
 """Of the largest share. Balance losses divide by the share, so it must not vanish."""
+
+
+@cache
+def _layer_uids(layer: int, num_experts: int) -> tuple[ExpertUid, ...]:
+    """One tuple for all views of a layer: a step makes several, and there may be thousands of experts."""
+    return tuple(ExpertUid(layer, index) for index in range(num_experts))
 
 
 def recentred(bias_E: Tensor, alive_E: Tensor) -> Tensor:
