@@ -1,6 +1,7 @@
 """Running a stack of same-shape experts: as one grouped GEMM, or one by one. Both compute the same.
 
-N rows, consecutive per expert; E experts in the stack; D model width. Weights are stacked: (E, out, in).
+N rows, consecutive per expert; E experts in the stack; D model width. Weights are stacked: (E, out, in). Rows and
+weights are of one dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experts.registry import ExpertKind
+from experts.sequences import Lengths, run_padded
 from experts.settings import ExpertShape
 
 _GEMM_ALIGNMENT_BYTES = 16
@@ -50,18 +52,36 @@ def run_grouped(kind: ExpertKind, x_ND: Tensor, stacked: Mapping[str, Tensor], c
 
 
 def run_one_by_one(
-    kind: ExpertKind, shape: ExpertShape, x_ND: Tensor, stacked: Mapping[str, Tensor], counts: Sequence[int]
+    kind: ExpertKind,
+    shape: ExpertShape,
+    x_ND: Tensor,
+    stacked: Mapping[str, Tensor],
+    counts: Sequence[int],
+    lengths: Sequence[Lengths] | None = None,
 ) -> Tensor:
-    """As `run_grouped`, for any kind, shape and dtype."""
+    """As `run_grouped`, for any kind, shape and dtype.
+
+    `lengths`: of each expert's sequences, where the kind sees sequences.
+    """
     if len(counts) == 1:  # squeezed, not indexed: the gradient of an index is a copy
         experts = [{name: weight.squeeze(0) for name, weight in stacked.items()}]
     else:
         experts = [{name: weight[expert] for name, weight in stacked.items()} for expert in range(len(counts))]
     outs = [
-        kind.apply(rows_ND, weights, dim=shape.dim, hidden=shape.hidden)
-        for rows_ND, weights in zip(x_ND.split(list(counts)), experts, strict=True)
+        _run_one(kind, shape, rows_ND, weights, lengths[expert] if lengths is not None else None)
+        for expert, (rows_ND, weights) in enumerate(zip(x_ND.split(list(counts)), experts, strict=True))
     ]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _run_one(
+    kind: ExpertKind, shape: ExpertShape, x_ND: Tensor, weights: Mapping[str, Tensor], lengths: Lengths | None
+) -> Tensor:
+    if lengths is None:
+        return kind.apply(shape, x_ND, weights)
+    if not lengths:
+        return x_ND
+    return run_padded(lambda x_LSD, lengths_L: kind.apply(shape, x_LSD, weights, lengths_L=lengths_L), x_ND, lengths)
 
 
 def _packed(x_ND: Tensor) -> Tensor:

@@ -38,5 +38,5 @@ class _DrawFrom(TorchFunctionMode):
 def initial_weights(kind: ExpertKind, shape: ExpertShape, seed: int) -> dict[str, Tensor]:
     """The weights a fresh expert of this seed starts with: float32, on the CPU."""
     with _DrawFrom(torch.Generator().manual_seed(seed)), torch.device("cpu"):
-        module = kind.build(shape.dim, shape.hidden)
+        module = kind.build(shape)
     return {name: parameter.detach().float() for name, parameter in module.named_parameters()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experts.optimizer import Tensors
+from experts.sequences import Lengths
 from experts.uid import ExpertUid
 
 
@@ -35,6 +36,8 @@ class Pass:
     uids: tuple[ExpertUid, ...]
     counts: tuple[int, ...]
     """Rows of each expert."""
+    lengths: tuple[Lengths, ...] | None
+    """Of each expert's sequences; None when its kind sees single rows."""
     versions: tuple[int, ...]
     """Of each expert, when it computed this."""
     revisions: tuple[int, ...] = field(repr=False)
@@ -43,6 +46,8 @@ class Pass:
     """By the positions computed together; None when not kept, or used."""
     graph_bytes: int
     """An upper bound of what the graphs hold besides the rows."""
+    non_finite: set[ExpertUid] = field(default_factory=set[ExpertUid])
+    """Whose gradient the backward threw away."""
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:
@@ -66,7 +71,10 @@ def load_autograd() -> None:
 
 
 def gradients(graph: Graph, grad_out_ND: Tensor) -> tuple[Tensor, list[Tensors]]:
-    """The gradient of the rows, and per expert of its weights, which nobody else refers to. Uses the graph up."""
+    """The gradient of the rows, and per expert of its weights in float32, which nobody else refers to.
+
+    Uses the graph up.
+    """
     grad_x_ND, *stacked = torch.autograd.grad(
         graph.out_ND, (graph.x_ND, *graph.weights), grad_out_ND, materialize_grads=True
     )
@@ -75,8 +83,6 @@ def gradients(graph: Graph, grad_out_ND: Tensor) -> tuple[Tensor, list[Tensors]]
     owned: list[Tensor] = []
     for gradient in stacked:
         storage = gradient.untyped_storage().data_ptr()
-        owned.append(
-            gradient.clone(memory_format=torch.contiguous_format) if storage in lent else gradient.contiguous()
-        )
+        owned.append(gradient.to(torch.float32, copy=storage in lent, memory_format=torch.contiguous_format))
         lent.add(storage)
     return grad_x_ND, list(zip(*owned, strict=True))

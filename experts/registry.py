@@ -1,6 +1,6 @@
 """Expert kinds by name: built in, registered in your program, or found through an entry point.
 
-Knows shapes and costs. Knows nothing of runs, devices or how experts learn.
+Knows shapes and costs. Knows nothing of runs, devices or how experts learn. L sequences, S tokens of the longest.
 """
 
 import math
@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
+from experts.settings import ExpertShape
+
 ENTRY_POINT_GROUP = "swarmoe.experts"
 """An installed package offers kind `name` with an entry point of that name, loaded when a run first asks for it."""
 
-Schema = Literal["token"]
+Schema = Literal["token", "sequence"]
+"""What an expert sees at once: one row of (N, D), or whole sequences, padded to (L, S, D)."""
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -37,65 +40,95 @@ Row by row apart from `linear`, so that the same function serves one expert and 
 """
 
 
+MixingFlops = Callable[[ExpertShape, int], int]
+"""`mixing_flops(shape, context)`: what a token of a sequence of `context` costs besides its parameters, forward."""
+
+
 @dataclass(frozen=True)
 class ExpertKind:
     """What one kind of expert computes and what that takes. `expert_kind` hands them out."""
 
     name: str
     schema: Schema
-    module: Callable[[int, int], nn.Module]
-    """Called as `module(dim, hidden)`."""
-    formula: Formula | None
+    module: Callable[..., nn.Module]
+    """Called as `module(dim, hidden)`, with `blocks` after these when it has blocks."""
+    formula: Formula | None = None
     """None: this kind runs one by one, through its module."""
+    mixing_flops: MixingFlops | None = None
+    has_blocks: bool = False
 
-    def build(self, dim: int, hidden: int) -> nn.Module:
+    @property
+    def is_sequence_level(self) -> bool:
+        return self.schema == "sequence"
+
+    def build(self, shape: ExpertShape) -> nn.Module:
         """A fresh module, initialised from whatever generator torch draws from."""
-        return self.module(dim, hidden)
+        return self.module(shape.dim, shape.hidden, *((shape.blocks,) if self.has_blocks else ()))
 
-    def parameter_shapes(self, dim: int, hidden: int) -> Mapping[str, torch.Size]:
+    def parameter_shapes(self, shape: ExpertShape) -> Mapping[str, torch.Size]:
         """Shapes in the order of declaration. ValueError when the module cannot be hosted."""
-        return {name: parameter.shape for name, parameter in _template(self, dim, hidden).named_parameters()}
+        return {name: parameter.shape for name, parameter in _template(self, shape).named_parameters()}
 
-    def num_parameters(self, dim: int, hidden: int) -> int:
-        return sum(math.prod(shape) for shape in self.parameter_shapes(dim, hidden).values())
+    def num_parameters(self, shape: ExpertShape) -> int:
+        return sum(math.prod(size) for size in self.parameter_shapes(shape).values())
 
-    def flops_per_token(self, dim: int, hidden: int) -> int:
-        """Forward, at a multiply and an add per parameter: exact for linear maps. Backward takes twice as many."""
-        return 2 * self.num_parameters(dim, hidden)
+    def flops_per_token(self, shape: ExpertShape, *, context: int) -> int:
+        """Forward, of a token in a sequence of `context`. Backward takes twice as many.
 
-    def saved_bytes_per_row(self, dim: int, hidden: int) -> int:
-        """What autograd keeps of one row for the backward, in float32, weights aside. An upper bound."""
-        return _saved_bytes_per_row(self, dim, hidden)
+        A multiply and an add per parameter, exact for linear maps, and what the kind says of mixing tokens.
+        """
+        mixing = self.mixing_flops(shape, context) if self.mixing_flops is not None else 0
+        return 2 * self.num_parameters(shape) + mixing
 
-    def apply(self, x_ND: Tensor, weights: Mapping[str, Tensor], *, dim: int, hidden: int) -> Tensor:
-        """One expert on its rows, with weights from outside the module. (N, D) to (N, D)."""
+    def saved_bytes_per_row(self, shape: ExpertShape, dtype: torch.dtype = torch.float32) -> int:
+        """What autograd keeps of one row for the backward when it computes in `dtype`, weights aside. An upper bound.
+
+        Measured on short sequences: a kind that keeps a table of all pairs of tokens takes more on long ones.
+        """
+        return _saved_bytes_per_row(self, shape, dtype)
+
+    def apply(
+        self, shape: ExpertShape, x: Tensor, weights: Mapping[str, Tensor], *, lengths_L: Tensor | None = None
+    ) -> Tensor:
+        """One expert with weights from outside the module: (N, D) to (N, D), or (L, S, D) with lengths to the same."""
         if self.formula is not None:
-            return self.formula(nn.functional.linear, x_ND, *weights.values())
-        return functional_call(_template(self, dim, hidden), dict(weights), (x_ND,))
+            return self.formula(nn.functional.linear, x, *weights.values())
+        inputs = (x,) if lengths_L is None else (x, lengths_L)
+        return functional_call(_template(self, shape), dict(weights), inputs)
 
 
 _kinds: dict[str, ExpertKind] = {}
 
 
 def register_expert(
-    name: str, *, schema: Schema = "token", formula: Formula | None = None
+    name: str,
+    *,
+    schema: Schema = "token",
+    formula: Formula | None = None,
+    mixing_flops: MixingFlops | None = None,
+    has_blocks: bool = False,
 ) -> Callable[[type[Module]], type[Module]]:
     """Make an `nn.Module` taking `(dim, hidden)` an expert kind that runs may name.
 
-    Its forward maps rows (N, D) to (N, D), each by itself. It runs in eval mode and without buffers: its parameters
-    are all that is learned, saved and sent. With a `formula` many experts run as one grouped GEMM; without, one by one.
+    A token-level forward maps rows (N, D) to (N, D), each by itself. A sequence-level one maps (L, S, D) and the
+    sequences' lengths (L,) to (L, S, D): what follows a sequence's length is padding of zeros, which none of its tokens
+    may see, nor may a token see those after it; what comes out there is thrown away. Either runs in eval mode and
+    without buffers: its parameters are all that is learned, saved and sent. With a `formula` many experts run as one
+    grouped GEMM; without, one by one.
     Raises ValueError when the name is malformed or taken by another class.
     """
     if re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) is None:
         raise ValueError(f"{name!r} cannot name an expert kind; use lower-case letters, digits and _, at most 32")
-    if schema != "token":
-        raise ValueError(f"schema {schema!r} is not known; expert kinds are 'token' level: (N, D) to (N, D)")
+    if schema not in get_args(Schema):
+        raise ValueError(f"schema {schema!r} is not known; there are {', '.join(get_args(Schema))}")
+    if formula is not None and schema != "token":
+        raise ValueError("a formula is row by row: a sequence-level kind runs through its module")
 
     def register(module: type[Module]) -> type[Module]:
         taken = _kinds.get(name)
         if taken is not None and _origin(taken.module) != _origin(module):
             raise ValueError(f"expert kind {name!r} is already {_origin(taken.module)}; choose another name")
-        _kinds[name] = ExpertKind(name, schema, module, formula)
+        _kinds[name] = ExpertKind(name, schema, module, formula, mixing_flops, has_blocks)
         return module
 
     return register
@@ -119,19 +152,23 @@ def expert_kinds() -> list[str]:
 
 
 def _load_built_in() -> None:
-    import_module("experts.kinds")  # here, because it registers itself with this module
+    for built_in in ("experts.kinds", "experts.blocks"):
+        import_module(built_in)  # here, because they register themselves with this module
 
 
-def _origin(module: Callable[[int, int], nn.Module]) -> str:
+def _origin(module: Callable[..., nn.Module]) -> str:
     # By name: a notebook cell that runs again defines the same class anew.
     return f"{module.__module__}.{getattr(module, '__qualname__', '')}"
 
 
+_MEASURED_CONTEXT = 8
+
+
 @lru_cache(maxsize=64)
-def _template(kind: ExpertKind, dim: int, hidden: int) -> nn.Module:
+def _template(kind: ExpertKind, shape: ExpertShape) -> nn.Module:
     """The module without storage: its shapes, and its forward for `functional_call`."""
     with torch.device("meta"):
-        module = kind.build(dim, hidden).eval()
+        module = kind.build(shape).eval()
     if next(module.buffers(), None) is not None:
         raise ValueError(f"expert kind {kind.name!r} has buffers, which are neither learned nor saved; use parameters")
     if next(module.parameters(), None) is None:
@@ -140,18 +177,23 @@ def _template(kind: ExpertKind, dim: int, hidden: int) -> nn.Module:
 
 
 @lru_cache(maxsize=64)
-def _saved_bytes_per_row(kind: ExpertKind, dim: int, hidden: int) -> int:
+def _saved_bytes_per_row(kind: ExpertKind, shape: ExpertShape, dtype: torch.dtype) -> int:
     # On the CPU: for this the meta device loads torch's compiler, which takes seconds.
-    shapes = kind.parameter_shapes(dim, hidden)
-    weights = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
+    sizes = kind.parameter_shapes(shape)
+    weights = {name: torch.zeros(size, dtype=dtype, requires_grad=True) for name, size in sizes.items()}
+    row_shape = (_MEASURED_CONTEXT, shape.dim) if kind.is_sequence_level else (shape.dim,)
 
-    def saved_bytes(num_rows: int) -> int:
+    def saved_bytes(num: int) -> int:
         saved: list[int] = []
+        lengths_L = torch.full((num,), _MEASURED_CONTEXT) if kind.is_sequence_level else None
         with (
             saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes), lambda packed: packed),
             torch.enable_grad(),
         ):
-            kind.apply(torch.zeros(num_rows, dim, requires_grad=True), weights, dim=dim, hidden=hidden)
+            kind.apply(
+                shape, torch.zeros(num, *row_shape, dtype=dtype, requires_grad=True), weights, lengths_L=lengths_L
+            )
         return sum(saved)
 
-    return saved_bytes(3) - saved_bytes(2)  # the difference, since weights are saved as well
+    # The difference, since weights are saved as well.
+    return -(-(saved_bytes(3) - saved_bytes(2)) // math.prod(row_shape[:-1]))

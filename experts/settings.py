@@ -1,21 +1,29 @@
 """What a run says about its experts: their shape and how they learn. Frozen, validated, part of the run's identity."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_DEFAULT_BLOCKS = 4
 
 
-class ExpertShape(BaseModel):
+class ExpertShape(BaseModel, frozen=True, extra="forbid"):
     """Every expert of a run has one kind and shape, so that a device can run them as one grouped GEMM."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: str = "swiglu"
-    """A registered expert kind: `ffn`, `swiglu`, or one of yours."""
+    """A registered expert kind: `ffn`, `swiglu`, `block`, `stack`, or one of yours."""
     dim: Annotated[int, Field(ge=1, le=1 << 16)]
     """D, the width of the rows that travel."""
     hidden: Annotated[int, Field(ge=1, le=1 << 20)]
     """H, the expert's inner width."""
+    blocks: Annotated[int, Field(ge=1, le=64)] = _DEFAULT_BLOCKS
+    """Transformer blocks of a `stack`, one after the other; of no other kind."""
+
+    @model_validator(mode="after")
+    def _only_stacks_have_blocks(self) -> Self:
+        if self.kind != "stack" and self.blocks != _DEFAULT_BLOCKS:
+            raise ValueError(f"expert.blocks belongs to expert.kind stack; a {self.kind} has none")
+        return self
 
 
 class ExpertOptimizerSettings(BaseModel):

@@ -8,10 +8,12 @@ from torch import Tensor
 
 
 class TensorStack:
-    """Stacked float32 tensors by name, each (slots, *shape). Growing moves them; slots keep their content."""
+    """Stacked tensors by name, each (slots, *shape). Growing moves them; slots keep their content."""
 
-    def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
-        self._stacked = {name: torch.zeros(0, *shape, device=device) for name, shape in shapes.items()}
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._stacked = {name: torch.zeros(0, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
 
     @property
     def size_bytes(self) -> int:
@@ -25,6 +27,15 @@ class TensorStack:
     def at(self, slot: int) -> dict[str, Tensor]:
         """One expert's tensors: contiguous views, to be read and written in place."""
         return {name: stacked[slot] for name, stacked in self._stacked.items()}
+
+    def write(self, slot: int, values: Mapping[str, Tensor]) -> None:
+        """Set one expert's tensors, rounded to the stack's dtype."""
+        for name, view in self.at(slot).items():
+            view.copy_(values[name])
+
+    def copies(self, slot: int) -> dict[str, Tensor]:
+        """One expert's tensors on the CPU, safe to keep while the stack changes."""
+        return {name: view.detach().to("cpu", copy=True) for name, view in self.at(slot).items()}
 
     def leaves(self, slots: Sequence[int]) -> dict[str, Tensor]:
         """Tensors (len(slots), *shape) to build a graph on; consecutive slots are not copied.
@@ -50,6 +61,6 @@ def _are_consecutive(slots: Sequence[int]) -> bool:
     return list(slots) == list(range(slots[0], slots[0] + len(slots)))
 
 
-def num_bytes(shapes: Mapping[str, torch.Size]) -> int:
+def num_bytes(shapes: Mapping[str, torch.Size], dtype: torch.dtype = torch.float32) -> int:
     """What one slot takes."""
-    return 4 * sum(math.prod(shape) for shape in shapes.values())
+    return dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())

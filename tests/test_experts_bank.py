@@ -71,7 +71,7 @@ def identical(first: ExpertState, second: ExpertState) -> bool:
 
 
 def module_with(state: ExpertState, kind: str) -> nn.Module:
-    module = expert_kind(kind).build(DIM, 16)
+    module = expert_kind(kind).build(ExpertShape(kind=kind, dim=DIM, hidden=16))
     module.load_state_dict(dict(state.weights))
     return module
 
@@ -340,7 +340,7 @@ def test_the_size_is_foretold(way: tuple[str, bool]) -> None:
     optimizer = ExpertOptimizerSettings()
     shape = ExpertShape(kind=way[0], dim=DIM, hidden=16)
     assert bank.size_bytes() == 3 * ExpertBank.bytes_per_expert(shape, optimizer)
-    assert ExpertBank.bytes_per_expert(shape, optimizer) == 16 * expert_kind(way[0]).num_parameters(DIM, 16)
+    assert ExpertBank.bytes_per_expert(shape, optimizer) == 16 * expert_kind(way[0]).num_parameters(shape)
 
 
 @pytest.mark.parametrize("uids", [(A, B), (A, C), (C, A)], ids=["neighbours", "apart", "backwards"])

@@ -22,12 +22,12 @@ def reference(kind: ExpertKind, x_ND: Tensor, stacked: Mapping[str, Tensor], cou
     outs: list[Tensor] = []
     for expert, rows_ND in enumerate(x_ND.split(list(counts))):
         weights = {name: weight[expert] for name, weight in stacked.items()}
-        outs.append(torch.func.functional_call(kind.build(SHAPE.dim, SHAPE.hidden), weights, (rows_ND,)))
+        outs.append(torch.func.functional_call(kind.build(SHAPE), weights, (rows_ND,)))
     return torch.cat(outs)
 
 
 def stack(kind: ExpertKind, num_experts: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    shapes = kind.parameter_shapes(SHAPE.dim, SHAPE.hidden)
+    shapes = kind.parameter_shapes(SHAPE)
     return {name: torch.randn(num_experts, *shape, dtype=dtype) * 0.3 for name, shape in shapes.items()}
 
 

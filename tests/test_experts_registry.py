@@ -8,26 +8,30 @@ import pytest
 import torch
 from torch import nn
 
+from experts.kinds import ffn
 from experts.registry import expert_kind, expert_kinds, register_expert
+from experts.settings import ExpertShape
+
+NARROW, SHAPE = ExpertShape(dim=4, hidden=12), ExpertShape(dim=8, hidden=16)
 
 
 def test_built_in_kinds_say_their_shapes_and_cost() -> None:
     ffn, swiglu = expert_kind("ffn"), expert_kind("swiglu")
 
-    assert dict(ffn.parameter_shapes(4, 12)) == {"up_proj.weight": (12, 4), "down_proj.weight": (4, 12)}
-    assert list(swiglu.parameter_shapes(4, 12)) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
-    assert ffn.flops_per_token(4, 12) == 2 * 2 * 4 * 12
-    assert swiglu.flops_per_token(4, 12) == 2 * 3 * 4 * 12
+    assert dict(ffn.parameter_shapes(NARROW)) == {"up_proj.weight": (12, 4), "down_proj.weight": (4, 12)}
+    assert list(swiglu.parameter_shapes(NARROW)) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+    assert ffn.flops_per_token(NARROW, context=128) == 2 * 2 * 4 * 12
+    assert swiglu.flops_per_token(NARROW, context=128) == 2 * 3 * 4 * 12
 
 
 @pytest.mark.parametrize("name", ["ffn", "swiglu"])
 def test_a_built_in_module_computes_what_its_kind_computes(name: str) -> None:
     torch.manual_seed(0)
     kind = expert_kind(name)
-    module = kind.build(8, 16)
+    module = kind.build(SHAPE)
     x_ND = torch.randn(3, 8)
 
-    out_ND = kind.apply(x_ND, dict(module.named_parameters()), dim=8, hidden=16)
+    out_ND = kind.apply(SHAPE, x_ND, dict(module.named_parameters()))
 
     torch.testing.assert_close(out_ND, module(x_ND), rtol=0, atol=0)
 
@@ -39,7 +43,7 @@ def test_swiglu_equals_an_expert_of_qwen2_moe() -> None:
 
     torch.manual_seed(0)
     theirs = Qwen2MoeMLP(Qwen2MoeConfig(hidden_size=8), intermediate_size=16)
-    ours = expert_kind("swiglu").build(8, 16)
+    ours = expert_kind("swiglu").build(SHAPE)
     x_ND = torch.randn(5, 8)
 
     ours.load_state_dict(theirs.state_dict())
@@ -48,9 +52,15 @@ def test_swiglu_equals_an_expert_of_qwen2_moe() -> None:
 
 
 def test_what_autograd_keeps_of_a_row_is_known_before_a_row_came() -> None:
-    saved_bytes = expert_kind("ffn").saved_bytes_per_row(8, 32)
+    saved_bytes = expert_kind("ffn").saved_bytes_per_row(ExpertShape(dim=8, hidden=32))
 
     assert saved_bytes == 4 * (8 + 32 + 32)  # the row, and what goes into and comes out of the GELU
+
+
+def test_only_a_stack_has_blocks() -> None:
+    assert ExpertShape(kind="stack", dim=8, hidden=8, blocks=2).blocks == 2
+    with pytest.raises(ValueError, match=r"expert\.blocks belongs to expert\.kind stack; a ffn has none"):
+        ExpertShape(kind="ffn", dim=8, hidden=8, blocks=2)
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
@@ -78,8 +88,10 @@ def test_a_malformed_name_is_refused(name: str) -> None:
 
 
 def test_another_schema_is_refused() -> None:
-    with pytest.raises(ValueError, match="schema 'sequence' is not known"):
-        register_expert("a_name", schema="sequence")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="schema 'image' is not known; there are token, sequence"):
+        register_expert("a_name", schema="image")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a formula is row by row"):
+        register_expert("a_name", schema="sequence", formula=ffn)
 
 
 def test_a_module_with_buffers_or_without_parameters_cannot_be_hosted() -> None:
@@ -94,9 +106,9 @@ def test_a_module_with_buffers_or_without_parameters_cannot_be_hosted() -> None:
             super().__init__()
 
     with pytest.raises(ValueError, match="has buffers"):
-        expert_kind("has_buffers").parameter_shapes(4, 8)
+        expert_kind("has_buffers").parameter_shapes(NARROW)
     with pytest.raises(ValueError, match="has no parameters"):
-        expert_kind("has_nothing").parameter_shapes(4, 8)
+        expert_kind("has_nothing").parameter_shapes(NARROW)
 
 
 def test_an_installed_package_offers_a_kind_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,4 +132,4 @@ def test_an_installed_package_offers_a_kind_by_entry_point(tmp_path: Path, monke
 
     assert "from_a_package" in listed
     assert not loaded_by_listing
-    assert dict(kind.parameter_shapes(4, 8)) == {"weight": (8, 4), "bias": (8,)}
+    assert dict(kind.parameter_shapes(NARROW)) == {"weight": (12, 4), "bias": (12,)}
