@@ -20,10 +20,12 @@ from peer.addresses import split_address
 from peer.announcer import Announcer, Place
 from peer.bootstrap import parse_join, sign_info
 from peer.device import capacity, choose_device, free_memory_bytes, limit_compute_threads
+from peer.emulated_transport import emulate
 from peer.errors import BadConfiguration, CheckpointUnusable
 from peer.event_feed import EventFeed, event_bytes
 from peer.event_loop import EventLoopThread
 from peer.expert_host import ExpertHost
+from peer.grpc_transport import GrpcTransport
 from peer.held import Held
 from peer.http_api import Health, HttpContent, HttpServer
 from peer.identity import Identity, StateFolder
@@ -74,7 +76,13 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         joins = [parse_join(text) for text in settings.join]
         listen_host, _ = split_address(settings.listen, allow_port_0=True)
         member = await stack.enter_async_context(
-            membership(joins, identity=identity, supervisor=supervisor, dht_host=listen_ip(listen_host))
+            membership(
+                joins,
+                identity=identity,
+                supervisor=supervisor,
+                transport=emulate(GrpcTransport(identity), settings, seed=settings.link_seed),
+                dht_host=listen_ip(listen_host),
+            )
         )
         keep_run(settings.state_dir, member.manifest)
         snapshots = SnapshotFolder(settings.state_dir / "experts")

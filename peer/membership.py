@@ -20,6 +20,7 @@ from peer.manifest import RunManifest
 from peer.reachable import is_loopback
 from peer.records import RecordStore
 from peer.supervisor import DhtSettings, DhtSupervisor
+from peer.transport import Transport
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,7 @@ class Membership:
 
     identity: Identity
     introduction: Introduction
-    transport: GrpcTransport
+    transport: Transport
     store: RecordStore
     directory: Directory
 
@@ -47,15 +48,17 @@ async def membership(
     *,
     identity: Identity,
     supervisor: DhtSupervisor,
+    transport: Transport | None = None,
     dht_host: str | None = None,
     timeout_s: float = JOIN_TIMEOUT_S,
 ) -> AsyncGenerator[Membership]:
     """Join the swarm that answers at `joins`; `supervisor` was spawned before the event loop was started.
 
-    `dht_host` is where our DHT node listens; none: on loopback when that is where the swarm is, else everywhere.
+    `transport` is closed with the rest; none: gRPC as it is. `dht_host` is where our DHT node listens; none: on
+    loopback when that is where the swarm is, else everywhere.
     Raises CouldNotJoin, ManifestMismatch, CouldNotListen. Leaving closes everything, the supervisor included.
     """
-    transport = GrpcTransport(identity)
+    transport = transport or GrpcTransport(identity)
     try:
         introduction = await introduce(transport, joins, timeout_s=timeout_s)
         run_id = introduction.manifest.run_id

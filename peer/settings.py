@@ -60,7 +60,29 @@ class LocalModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class PeerSettings(LocalModel):
+class LinkSettings(LocalModel):
+    """A network slower and narrower than it is: see `emulated_transport`. Each process limits itself."""
+
+    latency_ms: Annotated[float, Field(ge=0, le=60_000, title="L")] = 0.0
+    """Hold back what a process receives, in ms one way; a call's round trip grows by this for each of its two ends."""
+    jitter_ms: Annotated[float, Field(ge=0, le=60_000, title="J")] = 0.0
+    """Up to so many ms more, drawn for each call and direction."""
+    bandwidth_mbit: Annotated[float | None, Field(gt=0, le=1e6, title="W")] = None
+    """Most that a process's calls may send, and most they may receive, in Mbit/s; none: no limit."""
+
+    @property
+    def is_emulated(self) -> bool:
+        return bool(self.latency_ms or self.jitter_ms or self.bandwidth_mbit)
+
+
+class LossyLinkSettings(LinkSettings):
+    """For those who make calls."""
+
+    loss: Annotated[float, Field(ge=0, le=1, title="P")] = 0.0
+    """Chance that the answer to a call never comes, forward and backward alike; 0.02 is one call in fifty."""
+
+
+class PeerSettings(LinkSettings):
     """`swarmoe peer`"""
 
     join: Annotated[JoinAddresses, Field(min_length=1)]
@@ -77,6 +99,8 @@ class PeerSettings(LocalModel):
     """Most experts to host; none: as many as fit in memory."""
     state_dir: Folder = STATE_HOME / "peer"
     """Identity and snapshots; a peer restarted on its folder goes on where it was."""
+    link_seed: Annotated[int, Field(ge=0, title="X")] = 0
+    """Seed of what is drawn for emulated links."""
 
     def pinned_experts(self) -> tuple[ExpertUid, ...] | None:
         """The experts named by `experts`; None when the peer chooses."""

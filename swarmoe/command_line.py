@@ -21,6 +21,7 @@ from swarmoe.configuration import (
     assignments_layer,
     build,
     environment_layer,
+    fields,
     flags_layer,
     leaves,
     merge,
@@ -96,7 +97,7 @@ def add(
     flags = [
         _keyword(name, _flag(name, field), None)
         for model in (command.settings, OutputSettings)
-        for name, field in model.model_fields.items()
+        for name, field in fields(model)
     ]
     # typer reads the flags off the signature.
     callback.__signature__ = Signature([*flags, *parameters], return_annotation=int)  # pyright: ignore[reportFunctionMemberAccess]

@@ -40,10 +40,15 @@ class Setting:
 Layer = Mapping[str, Given]
 
 
+def fields(model: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
+    """A model's own first, then what it shares with others."""
+    return sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__)
+
+
 def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every setting of a model and of the models inside it, by dotted name."""
     found: dict[str, FieldInfo] = {}
-    for name, field in model.model_fields.items():
+    for name, field in fields(model):
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             found |= leaves(inner, f"{prefix}{name}.")
@@ -114,13 +119,13 @@ def merge(models: Sequence[type[BaseModel]], layers: Sequence[Layer], *, elsewhe
 def build(model: type[Model], merged: Layer) -> Model:
     """The model with everything that was given for it. Raises BadConfiguration naming value and source."""
     tree: dict[str, Any] = {}
-    fields = leaves(model)
-    for name in fields.keys() & merged.keys():
+    known = leaves(model)
+    for name in known.keys() & merged.keys():
         *path, last = name.split(".")
         branch = tree
         for step in path:
             branch = branch.setdefault(step, {})
-        branch[last] = _read(merged[name].value, fields[name].annotation)
+        branch[last] = _read(merged[name].value, known[name].annotation)
     try:
         return model.model_validate(tree)
     except ValidationError as error:

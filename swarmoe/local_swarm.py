@@ -107,6 +107,7 @@ class _LocalSwarm:
 
     async def run(self) -> dict[str, Any]:
         """Start, train, look, stop; the report."""
+        self._announce()
         async with open_members(self._log) as members:
             self._members = members
             join = await self._start_coordinator(members)
@@ -117,6 +118,14 @@ class _LocalSwarm:
             await self._sample(members, join)
             failures = [*members.failures, *(f"{t.name} ended with {t.exit_code}" for t in trainers if t.exit_code)]
         return make_report(self._observed(alive, tuple(failures)), self._summaries())
+
+    def _announce(self) -> None:
+        """Say what is pretended, so that nobody takes the figures for this machine's."""
+        link, loss = self._settings, self._settings.loss
+        if link.is_emulated or loss:
+            width = "as wide as it is" if link.bandwidth_mbit is None else f"{link.bandwidth_mbit:g} Mbit/s a direction"
+            delay = f"{link.latency_ms:g} to {link.latency_ms + link.jitter_ms:g} ms one way"
+            self._log.say("local", f"emulating for every process: {delay}, {width}, {loss:.1%} of answers lost")
 
     async def _start_coordinator(self, members: Members) -> str:
         run_file = self._folder / "run.toml"
@@ -139,6 +148,7 @@ class _LocalSwarm:
                 f"--listen={_LOOPBACK}",
                 f"--http={_LOOPBACK}",
                 f"--max-experts={each}",
+                *self._link(seed=number),
             ]
             name = f"peer-{number}"
             self._peers.append(await members.start(name, self._with_folder(name, arguments), ready_line="join:"))
@@ -152,12 +162,20 @@ class _LocalSwarm:
             name = f"trainer-{number}"
             arguments = [
                 "train", f"--join={join}", f"--steps={self._steps}", f"--checkpoint-dir={self._folder / name}",
-                f"--data-shard={number}", "--log-format=json", *data,
+                f"--data-shard={number}", "--log-format=json", f"--loss={self._settings.loss}",
+                *self._link(seed=self._settings.peers + number), *data,
             ]  # fmt: skip
             trainers.append(await members.start(name, arguments, ready_line="joined:", may_end=True))
         for trainer in trainers:
             await members.until_ready(trainer)
         return trainers
+
+    def _link(self, *, seed: int) -> list[str]:
+        """Every member's own end of the emulated network; the coordinator, which only introduces, has none."""
+        settings = self._settings
+        bandwidth = [] if settings.bandwidth_mbit is None else [f"--bandwidth-mbit={settings.bandwidth_mbit}"]
+        delay = [f"--latency-ms={settings.latency_ms}", f"--jitter-ms={settings.jitter_ms}"]
+        return [*delay, *bandwidth, f"--link-seed={(settings.seed << 7) + seed}"]
 
     def _with_folder(self, name: str, arguments: list[str]) -> list[str]:
         return [*arguments, f"--state-dir={self._folder / name}", "--log-format=json"]

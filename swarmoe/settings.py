@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from peer.settings import LocalModel
+from peer.settings import LocalModel, LossyLinkSettings
 
 
 class OutputSettings(LocalModel):
@@ -17,7 +17,7 @@ class OutputSettings(LocalModel):
     """The least that is logged; debug has a line per call."""
 
 
-class LocalSettings(LocalModel):
+class LocalSettings(LossyLinkSettings):
     """`swarmoe local`"""
 
     peers: Annotated[int, Field(ge=1, le=64, title="N")] = 4
@@ -29,7 +29,7 @@ class LocalSettings(LocalModel):
     preset: Annotated[str, Field(title="NAME")] = "demo"
     """The run; `swarmoe config show --presets` lists them."""
     seed: Annotated[int, Field(ge=0, title="X")] = 0
-    """Seed of the run, of the data order and of who is killed."""
+    """Seed of the run, of the data order, of who is killed and of what is lost."""
     report: Annotated[Path | None, Field(title="FILE.json")] = None
     """Where to write the report; none: only the verdict is printed."""
     data: Annotated[Path | None, Field(title="PATH")] = None
@@ -40,18 +40,10 @@ class LocalSettings(LocalModel):
     """Say where the coordinator's page is."""
     nat: bool = False
     """Carry every peer through a relay (not built yet)."""
-    latency_ms: Annotated[float | None, Field(ge=0, title="L")] = None
-    """Delay every message (not built yet)."""
-    jitter_ms: Annotated[float | None, Field(ge=0, title="J")] = None
-    """Vary that delay (not built yet)."""
-    loss: Annotated[float | None, Field(ge=0, le=1, title="P")] = None
-    """Lose answers, as a share of calls (not built yet)."""
-    bandwidth_mbit: Annotated[float | None, Field(gt=0, title="W")] = None
-    """Limit each process, in Mbit/s a direction (not built yet)."""
 
-    @field_validator("nat", "latency_ms", "jitter_ms", "loss", "bandwidth_mbit")
+    @field_validator("nat")
     @classmethod
-    def _not_built(cls, value: float | None) -> float | None:
+    def _not_built(cls, value: bool) -> bool:
         if value:
             raise ValueError("not built yet")
         return value

@@ -23,8 +23,8 @@ from swarmoe.exit_codes import CODE_OF, RESOLVE, ExitCode, exit_code_of
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {
     "coordinator": "preset run listen http state-dir",
-    "peer": "join listen http device experts max-experts state-dir",
-    "train": "join steps data checkpoint-dir resume",
+    "peer": "join listen http device experts max-experts state-dir latency-ms jitter-ms bandwidth-mbit",
+    "train": "join steps data checkpoint-dir resume latency-ms jitter-ms loss bandwidth-mbit",
     "local": "peers trainers steps preset seed report data kill-every latency-ms jitter-ms loss bandwidth-mbit nat "
     "no-dashboard",
     "status": "join json",
@@ -90,7 +90,7 @@ def test_a_command_that_is_not_built_says_so(command: str, capsys: pytest.Captur
         ["peer", "--join", "nonsense"],
         ["peer", "--joun", "a:1"],
         ["local", "--nat"],
-        ["local", "--loss", "0.1"],
+        ["local", "--loss", "2"],
         ["local", "--preset", "dmeo"],
         ["local", "--set", "router.prest=switch"],
         ["local", "--config", "/no/such/file.toml"],

@@ -14,6 +14,7 @@ from swarmoe.configuration import (
     environment_layer,
     explain,
     flags_layer,
+    leaves,
     merge,
     tree_layer,
 )
@@ -108,10 +109,32 @@ def test_a_wrong_value_is_one_line_that_names_its_source(flags: dict[str, str | 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["nat", "latency_ms", "jitter_ms", "loss", "bandwidth_mbit"])
-def test_a_flag_whose_machinery_is_missing_says_so(name: str) -> None:
-    with pytest.raises(BadConfiguration, match=f"--{name.replace('_', '-')}: not built yet"):
-        build(LocalSettings, flags_layer({name: "1"}))
+def test_a_flag_whose_machinery_is_missing_says_so() -> None:
+    with pytest.raises(BadConfiguration, match="--nat: not built yet"):
+        build(LocalSettings, flags_layer({"nat": "1"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("latency_ms", "-1"),
+        ("latency_ms", "nan"),
+        ("jitter_ms", "inf"),
+        ("loss", "1.01"),
+        ("bandwidth_mbit", "0"),
+        ("bandwidth_mbit", "nan"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(name: str, text: str) -> None:
+    with pytest.raises(BadConfiguration, match=f"--{name.replace('_', '-')}: "):
+        build(LocalSettings, flags_layer({name: text}))
+
+
+def test_what_a_command_shares_with_others_comes_after_its_own() -> None:
+    names = list(leaves(PeerSettings))
+
+    assert names[0] == "join"
+    assert names[-3:] == ["latency_ms", "jitter_ms", "bandwidth_mbit"]
 
 
 def test_expert_ranges_are_read_once_each_and_in_order() -> None:

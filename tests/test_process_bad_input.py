@@ -128,7 +128,7 @@ MISTAKES: dict[str, tuple[Callable[[Scene], Command], int, str]] = {
     "no address": (_command("peer", "--join=somewhere"), 2, "--join"),
     "not a range": (_peer("range", "--experts=0.3-0.1"), 2, "is not a range"),
     "nat": (_command("local", "--nat"), 2, "--nat: not built yet"),
-    "latency": (_command("local", "--latency-ms=20"), 2, "--latency-ms: not built yet"),
+    "loss": (_command("local", "--loss=2"), 2, "--loss: Input should be less than or equal to 1"),
     "not built": (_command("relay"), 2, "relay is not built yet"),
     "local on no data": (_command("local", "--data=/no/such/text"), 2, "/no/such/text"),
     "local with no report": (_no_report, 2, "--report"),

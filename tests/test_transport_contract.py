@@ -1,4 +1,4 @@
-"""What every transport promises, asked of both."""
+"""What every transport promises, asked of each."""
 
 import asyncio
 import secrets
@@ -20,10 +20,22 @@ from peer.identity import Identity
 from peer.refusals import ERROR_OF_REFUSAL
 from peer.transport import CHUNK_BYTES, CallContext, CallRefused, Frame, Method, Refusal
 from protos.swarm_pb2 import InfoRequest
-from tests.transport_worlds import World, ask, before, echo, grpc_world, memory_world, sending
+from tests.transport_worlds import (
+    World,
+    ask,
+    before,
+    echo,
+    emulated_world,
+    grpc_world,
+    memory_world,
+    sending,
+    slow_world,
+)
 
 
-@pytest.fixture(params=[memory_world, grpc_world], ids=["memory", "grpc"])
+@pytest.fixture(
+    params=[memory_world, grpc_world, emulated_world, slow_world], ids=["memory", "grpc", "emulated", "slow"]
+)
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     make: Callable[[], World] = request.param
     world = make()

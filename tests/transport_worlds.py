@@ -1,11 +1,14 @@
-"""The two transports as one kind of place for the contract suite, and a servicer that does as it is told."""
+"""The transports as one kind of place for the contract suite, and a servicer that does as it is told."""
 
+import random
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from peer.emulated_transport import EmulatedTransport
 from peer.grpc_transport import GrpcTransport
 from peer.identity import Identity
+from peer.links import Link, uniform
 from peer.memory_transport import MemoryNetwork
 from peer.transport import CallContext, Endpoint, Frame, Method, Server, Transport
 from protos.swarm_pb2 import InfoReply, InfoRequest
@@ -55,6 +58,23 @@ def memory_world() -> World:
 
 def grpc_world() -> World:
     return World(GrpcTransport)
+
+
+def emulated_world() -> World:
+    """Every member behind links of its own that hold nothing back."""
+    network = MemoryNetwork()
+    return World(lambda identity: EmulatedTransport(network.transport(identity)))
+
+
+def slow_world() -> World:
+    """Over gRPC, every member behind links that delay and limit, a little."""
+
+    def new_transport(identity: Identity) -> Transport:
+        rng = random.Random(identity.peer_id)
+        down = Link(bits_per_s=1e9, delay=uniform(0.002, 0.001), rng=rng)
+        return EmulatedTransport(GrpcTransport(identity), up=Link(bits_per_s=1e9), down=down)
+
+    return World(new_transport)
 
 
 class TestServicer:

@@ -15,9 +15,11 @@ import structlog
 
 from peer.bootstrap import parse_join
 from peer.device import limit_compute_threads
+from peer.emulated_transport import emulate
 from peer.errors import BadConfiguration, TrainingGaveUp
 from peer.event_loop import EventLoopThread
 from peer.farewell import say_goodbye
+from peer.grpc_transport import GrpcTransport
 from peer.held import Held
 from peer.identity import Identity, StateFolder
 from peer.membership import Membership, membership
@@ -160,8 +162,9 @@ async def _announced(
 ) -> AsyncGenerator[Membership]:
     """A membership whose record says how far training is."""
     joins = [parse_join(text) for text in settings.join]
+    transport = emulate(GrpcTransport(identity), settings, seed=settings.link_seed, answer_loss=settings.loss)
     async with (
-        membership(joins, identity=identity, supervisor=supervisor) as member,
+        membership(joins, identity=identity, supervisor=supervisor, transport=transport) as member,
         asyncio.TaskGroup() as tasks,
     ):
         speaking = tasks.create_task(_speak(member, voice))

@@ -5,10 +5,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from peer.settings import STATE_HOME, Device, Folder, JoinAddresses, LocalModel
+from peer.settings import STATE_HOME, Device, Folder, JoinAddresses, LocalModel, LossyLinkSettings
 
 
-class TrainSettings(LocalModel):
+class TrainSettings(LossyLinkSettings):
     """`swarmoe train`"""
 
     join: Annotated[JoinAddresses, Field(min_length=1)]
@@ -25,6 +25,8 @@ class TrainSettings(LocalModel):
     """Identity, checkpoints and metrics.jsonl."""
     resume: bool = False
     """Go on from the newest checkpoint in the checkpoint folder; begin when there is none yet."""
+    link_seed: Annotated[int, Field(ge=0, title="X")] = 0
+    """Seed of what is drawn for emulated links."""
 
 
 class GenerateSettings(LocalModel):
