@@ -7,7 +7,7 @@ from tests.routing_layers import linear_router, seeded
 from trainer.routing.gate import sigmoid, softmax
 from trainer.routing.presets import build_router
 from trainer.routing.score import GridScore, LinearScore
-from trainer.routing.selection import Capacity, Fate, SampledSecond, Scores, TopK, position_within
+from trainer.routing.selection import Capacity, Fate, SampledSecond, Scores, TopK, best, position_within
 from trainer.routing.view import View
 
 
@@ -34,6 +34,7 @@ def test_a_dead_expert_has_probability_exactly_zero(gate) -> None:
 
     assert probs_TE[:, 1].tolist() == [0.0, 0.0]
     assert probs_TE.isfinite().all()
+    torch.testing.assert_close(probs_TE[:, [0, 2]], gate(logits_TE[:, [0, 2]], torch.tensor([True, True])))
 
 
 @pytest.mark.parametrize("gate", [softmax, sigmoid])
@@ -65,6 +66,20 @@ def test_the_best_are_chosen_by_probability_plus_prior() -> None:
 
     assert pairs.expert_M.tolist() == [2, 1]
     assert pairs.rank_M.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 64])
+@pytest.mark.parametrize("num_experts", [1000, 1024, 2048])
+def test_among_many_experts_the_best_are_those_torch_finds(num_experts: int, k: int) -> None:
+    choice_TE = torch.randn(5, num_experts, generator=seeded(k))
+    choice_TE[:, ::3] = -torch.inf
+    choice_TE[0, : num_experts - k - 1] = -torch.inf
+
+    value_TK, expert_TK = best(choice_TE, k)
+
+    assert torch.equal(value_TK, choice_TE.topk(k, dim=-1).values)
+    assert torch.equal(choice_TE.gather(1, expert_TK), value_TK)
+    assert all(len(set(row)) == k for row in expert_TK.tolist())
 
 
 def test_fewer_living_experts_than_k_make_fewer_pairs() -> None:

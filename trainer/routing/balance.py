@@ -63,7 +63,7 @@ class ZLoss(Balance):
         self.weight = weight
 
     def loss(self, plan: Plan) -> Tensor:
-        live_logits_TE = plan.scores.logits_TE.masked_fill(~plan.scores.alive_E, -torch.inf)
+        live_logits_TE = plan.scores.logits_TE + torch.where(plan.scores.alive_E, 0.0, -torch.inf)
         return self.weight * live_logits_TE.logsumexp(dim=-1).square().mean()
 
 

@@ -14,11 +14,13 @@ class Gate(Protocol):
 
 def softmax(logits_TE: Tensor, alive_E: Tensor) -> Tensor:
     """Experts compete; the living sum to 1."""
-    # The lowest finite number, not -inf: a row in which nobody lives is no 0 / 0, not even in between.
-    masked_TE = logits_TE.masked_fill(~alive_E, torch.finfo(logits_TE.dtype).min)
-    return masked_TE.softmax(dim=-1).masked_fill(~alive_E, 0.0)
+    # Where nobody lives nobody is shut out either: no 0 / 0, not even in between; the product makes it zero. Added and
+    # multiplied rather than filled in: over thousands of experts a broadcast masked_fill takes five times as long.
+    is_out_E = ~alive_E & alive_E.any()
+    shut_out_E = torch.zeros_like(alive_E, dtype=logits_TE.dtype).masked_fill_(is_out_E, -torch.inf)
+    return (logits_TE + shut_out_E).softmax(dim=-1) * alive_E.to(logits_TE.dtype)
 
 
 def sigmoid(logits_TE: Tensor, alive_E: Tensor) -> Tensor:
     """Each expert on its own: who else is alive does not change its probability."""
-    return logits_TE.sigmoid().masked_fill(~alive_E, 0.0)
+    return logits_TE.sigmoid() * alive_E.to(logits_TE.dtype)
