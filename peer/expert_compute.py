@@ -148,7 +148,8 @@ class ExpertCompute:
             self.recomputed += 1
         grad_x_UD = rows.sum_by_row(self.bank.backward(run, grad_ND, loss_tokens=call.loss_tokens))
         outcomes |= dict.fromkeys(self.bank.step(admitted).non_finite, Outcome.NON_FINITE)
-        return self._reply(call, outcomes, encode(grad_x_UD, Role.ROW_GRADIENTS, call.reply_codec))
+        reply = encode(grad_x_UD, Role.ROW_GRADIENTS, call.reply_codec, dither_seed=call.call_id)
+        return self._reply(call, outcomes, reply)
 
     def _rows_of_backward(self, call: Call, kept: _KeptCall | None) -> PairRows:
         if kept is None:

@@ -17,7 +17,7 @@ from experts.uid import ExpertUid, RunId
 PROTOCOL_VERSION = 1
 """Members with another version refuse each other. Raised when the wire or the meaning of a field changes."""
 
-WireCodec = Literal["fp32", "bf16"]
+WireCodec = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class _Section(BaseModel):
@@ -82,10 +82,12 @@ class BatchSettings(_Section):
 class WireSettings(_Section):
     """What may travel, in which form, for how long."""
 
-    codecs: tuple[WireCodec, ...] = ("fp32", "bf16")
+    codecs: tuple[WireCodec, ...] = ("fp32", "bf16", "fp16", "int8")
     """The receiver accepts these and nothing else."""
-    forward_codec: WireCodec = "bf16"
+    forward_codec: WireCodec = "int8"
+    """Of rows and outputs."""
     backward_codec: WireCodec = "bf16"
+    """Of gradients, both ways. int8 rounds them at random, right in the mean."""
     call_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     step_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     max_staleness: Annotated[int, Field(ge=0)] = 64

@@ -7,6 +7,7 @@ Copies of a tensor on its way to another process, besides those that gRPC and pr
 buffer is what lets a peer check and count bytes on the event loop without torch.
 """
 
+import hashlib
 from collections.abc import Container
 from dataclasses import dataclass
 from enum import IntEnum
@@ -29,14 +30,19 @@ class Role(IntEnum):
     GRADIENTS = pb.ROLE_GRADIENTS
     OUTPUTS = pb.ROLE_OUTPUTS
     ROW_GRADIENTS = pb.ROLE_ROW_GRADIENTS
+    LENGTHS = pb.ROLE_LENGTHS
 
     @property
     def dtype(self) -> DType:
-        return DType.INT32 if self is Role.ROW_INDEX else DType.FLOAT32
+        return DType.INT32 if self in (Role.ROW_INDEX, Role.LENGTHS) else DType.FLOAT32
 
     @property
     def rank(self) -> int:
-        return 1 if self is Role.ROW_INDEX else 2
+        return 1 if self.dtype is DType.INT32 else 2
+
+    @property
+    def is_gradient(self) -> bool:
+        return self in (Role.GRADIENTS, Role.ROW_GRADIENTS)
 
 
 class TensorTooLarge(MalformedMessage):
@@ -73,17 +79,29 @@ class WireTensor:
         return self.spec.size_bytes
 
 
-def encode(tensor: Tensor, role: Role, codec: Codec) -> WireTensor:
-    """Ready to send. Blocks while a device copies to the CPU. See `codecs.pack` for who owns the bytes."""
+def encode(tensor: Tensor, role: Role, codec: Codec, *, dither_seed: bytes | None = None) -> WireTensor:
+    """Ready to send. Blocks while a device copies to the CPU. See `codecs.pack` for who owns the bytes.
+
+    Gradients in int8 are rounded at random and need a `dither_seed` (ValueError): their call's id, say. The same seed
+    and role round the same way. Everything else is rounded to the nearest.
+    """
     if tensor.dim() != role.rank or not tensor.numel():
         raise ValueError(f"{role.name} has rank {role.rank} and at least one row, not the shape {tuple(tensor.shape)}")
-    data = codecs.pack(tensor, role.dtype, codec)
+    seed = None
+    if role.is_gradient and codec is Codec.INT8:
+        if dither_seed is None:
+            raise ValueError(f"{role.name} in int8 need a dither_seed: they are rounded at random")
+        seed = int.from_bytes(hashlib.blake2b(dither_seed, digest_size=7, person=role.name.encode()).digest())
+    data = codecs.pack(tensor, role.dtype, codec, dither_seed=seed)
     return WireTensor(TensorSpec(role, codec, tuple(tensor.shape), data.nbytes), data)
 
 
-def decode(wire: WireTensor) -> Tensor:
-    """The CPU tensor; its values are not checked. Shares the bytes where the codec allows: see `codecs.unpack`."""
-    return codecs.unpack(wire.data, wire.spec.role.dtype, wire.spec.codec, wire.spec.shape)
+def decode(wire: WireTensor, *, device: torch.device = codecs.CPU) -> Tensor:
+    """The tensor, on `device`; its values are not checked. Shares the bytes where codec and device allow.
+
+    The bytes cross to the device as they came and are widened there: see `codecs.unpack`.
+    """
+    return codecs.unpack(wire.data, wire.spec.role.dtype, wire.spec.codec, wire.spec.shape, device=device)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -114,7 +132,7 @@ def header_of(spec: TensorSpec) -> pb.TensorHeader:
 def check_header(header: pb.TensorHeader, *, codecs_allowed: Container[Codec], max_bytes: int) -> TensorSpec:
     """What this header promises, if it may: known role and dtype, allowed codec, right rank, bounded and exact bytes.
 
-    Allocates nothing. Raises TensorTooLarge or MalformedMessage with a sentence. Row indices are always raw.
+    Allocates nothing. Raises TensorTooLarge or MalformedMessage with a sentence. Integers are always raw.
     """
     try:
         role, dtype, codec = Role(header.role), DType(header.dtype), Codec(header.codec)

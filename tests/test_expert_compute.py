@@ -201,6 +201,18 @@ def test_an_index_outside_the_rows_is_refused(wrong: int) -> None:
     assert refused.value.refusal is Refusal.INVALID
 
 
+def test_row_gradients_in_int8_are_rounded_at_random_by_the_calls_id() -> None:
+    def row_gradients(call_id: bytes) -> bytes:
+        reply = there_and_back(compute(), forward(call_id=call_id), reply_codec=Codec.INT8)
+        assert reply.tensor is not None
+        return bytes(reply.tensor.data)
+
+    once, again, other = (row_gradients(call_id) for call_id in (b"1" * 16, b"1" * 16, b"2" * 16))
+
+    assert once == again
+    assert once != other
+
+
 # ---- evaluation
 
 

@@ -12,7 +12,7 @@ from experts.settings import ExpertShape
 from peer.call_stream import read_call
 from peer.errors import MalformedMessage
 from peer.framing import chunk_frame, parse_frame
-from peer.manifest import RunManifest
+from peer.manifest import RunManifest, WireSettings
 from peer.messages import Call, CallLimits, ExpertOutcome, GroupReply, Mode, Outcome, ReplyLimits
 from peer.reply_stream import read_reply, write_group, write_reply
 from peer.tensors import Role, decode, decode_row_index, encode
@@ -133,12 +133,13 @@ def test_no_bytes_are_read_otherwise_than_protobuf_reads_them() -> None:
 
 
 def test_limits_are_the_manifests() -> None:
-    manifest = RunManifest(expert=ExpertShape(dim=128, hidden=256))
+    wire = WireSettings(codecs=("fp32", "int8"), backward_codec="fp32")
+    manifest = RunManifest(expert=ExpertShape(dim=128, hidden=256), wire=wire)
 
     limits = CallLimits.of(manifest)
 
     assert (limits.run_id, limits.dim, limits.num_layers, limits.experts_per_layer) == (manifest.run_id, 128, 2, 8)
-    assert limits.codecs == {Codec.RAW, Codec.BF16}
+    assert limits.codecs == {Codec.RAW, Codec.INT8}
 
 
 async def test_another_run_is_refused_naming_both() -> None:

@@ -207,9 +207,11 @@ class _Exchange:
         return grad_x_TD
 
     def _pack_backward(self, answered: _Answered, grad_out_ND: Tensor) -> Call:
-        group = answered.group
+        group, call_id = answered.group, answered.call.call_id
+        grad_ND = grad_out_ND[group.pairs_N]
+        gradients = encode(grad_ND, Role.GRADIENTS, self._experts.backward_codec, dither_seed=call_id)
         return Call(
-            call_id=answered.call.call_id,
+            call_id=call_id,
             run_id=self._experts.run_id,
             mode=Mode.TRAIN,
             layer=self._layer,
@@ -217,7 +219,7 @@ class _Exchange:
             reply_codec=self._experts.backward_codec,
             timeout_s=self._experts.call_timeout_s,
             loss_tokens=self._loss_tokens,
-            tensors={Role.GRADIENTS: encode(grad_out_ND[group.pairs_N], Role.GRADIENTS, self._experts.backward_codec)},
+            tensors={Role.GRADIENTS: gradients},
         )
 
     def _send_backward(self, answered: Sequence[_Answered], calls: Sequence[Call]) -> list[CallResult]:
