@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from experts.registry import expert_kind
 from peer.manifest import RunManifest
 from trainer.model import TransformerLM
 from trainer.moe import MoELayer
@@ -16,7 +17,14 @@ def build_model(manifest: RunManifest, experts: Experts, view: Callable[[int], V
 
     def make_moe(layer: int) -> MoELayer:
         router = router_for(manifest, layer)
-        return MoELayer(layer, router, experts, view, timeout_s=manifest.wire.step_timeout_s)
+        return MoELayer(
+            layer,
+            router,
+            experts,
+            view,
+            timeout_s=manifest.wire.step_timeout_s,
+            whole_sequences=expert_kind(manifest.expert.kind).is_sequence_level,
+        )
 
     return TransformerLM(manifest.model, moe_layers=manifest.moe_layers, make_moe=make_moe, seed=manifest.seed)
 

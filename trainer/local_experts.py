@@ -36,7 +36,7 @@ class LocalExperts:
         uids = [ExpertUid(layer, slot) for slot, _ in groups]
         counts = [pairs.stop - pairs.start for _, pairs in groups]
         with self._one_at_a_time:
-            return self._bank.forward(x_ND, uids, counts, keep_graph=trains)
+            return self._bank.forward(x_ND, uids, counts, keep_graph=trains, lengths=plan.lengths(plan.num_pairs))
 
     def backward(self, run: Pass, grad_ND: Tensor, micro_batch: MicroBatch) -> Tensor:
         with self._one_at_a_time:

@@ -38,12 +38,23 @@ class _Forward:
 class MoELayer(nn.Module):
     """(..., D) -> (..., D): the weighted sum of the experts each token was routed to, zero where none answered.
 
+    With `whole_sequences`, for experts that see sequences, x is (..., S, D); a sequence is routed as one and lost as
+    one. The router sees its first token alone: the choice of experts bears on every token of the sequence, and the
+    first is the only one that none of them may not know. A mean would tell each token of those after it.
+
     `loss` (add it to yours, weighted as the preset says) and `metrics` belong to the calling thread's last forward.
     Outside a training loop of ours every forward is a step of its own, with `timeout_s` for the way there and back.
     """
 
     def __init__(
-        self, layer: int, router: Router, experts: Experts, view: Callable[[int], View], *, timeout_s: float
+        self,
+        layer: int,
+        router: Router,
+        experts: Experts,
+        view: Callable[[int], View],
+        *,
+        timeout_s: float,
+        whole_sequences: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -53,6 +64,7 @@ class MoELayer(nn.Module):
         self._experts = experts
         self._view = view
         self._timeout_s = timeout_s
+        self._whole_sequences = whole_sequences
         self._last = threading.local()
 
     @property
@@ -70,12 +82,18 @@ class MoELayer(nn.Module):
         micro_batch = current_micro_batch() or self._step_of_its_own()
         x_TD = x.reshape(-1, x.shape[-1])
         view = self._view(self.layer)
-        plan = self.router(x_TD, view, seq_len=x.shape[-2] if x.dim() > 2 else x_TD.shape[0])
+        seq_len = max(1, x.shape[-2] if x.dim() > 2 else x_TD.shape[0])
+        if self._whole_sequences:
+            routed = self.router(x_TD[::seq_len], view)
+            plan = routed.spread(seq_len)
+        else:
+            routed = plan = self.router(x_TD, view, seq_len=seq_len)
         out_ND, ok_N = self._experts.run(x_TD, plan, self.layer, micro_batch)
         y_TD = plan.combine(out_ND, ok_N)
-        self._last.forward = _Forward(self.router.loss(plan), _measure(plan, view.num_live, ok_N))
+        self._last.forward = _Forward(self.router.loss(routed), _measure(plan, view.num_live, ok_N))
         if self.training and micro_batch.scope.train:
-            micro_batch.observe(lambda: self.router.observe(plan, ok_N))
+            routed_ok_N = ok_N.view(-1, seq_len).all(1) if self._whole_sequences else ok_N
+            micro_batch.observe(lambda: self.router.observe(routed, routed_ok_N))
         return y_TD.reshape(x.shape)
 
     def _step_of_its_own(self) -> MicroBatch:

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from experts.registry import expert_kind
 from peer.bootstrap import parse_join
 from peer.event_loop import EventLoopThread
 from peer.held import Held
@@ -136,6 +137,7 @@ class RemoteMoE(MoELayer):
             swarm.experts,
             swarm.view,
             timeout_s=manifest.wire.step_timeout_s,
+            whole_sequences=expert_kind(manifest.expert.kind).is_sequence_level,
         )
 
 

@@ -4,7 +4,7 @@ Between `dispatch` and `combine` lies the network, which may lose any subset of 
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -44,6 +44,8 @@ class Plan:
     scores: Scores
     norm: Norm
     scale: float
+    whole_sequences: bool = False
+    """An expert's pairs, in order, are runs of `seq_len` tokens: sequences that it sees as such."""
 
     @classmethod
     def of(cls, pairs: Pairs, scores: Scores, *, norm: Norm, scale: float, seq_len: int) -> "Plan":
@@ -68,6 +70,36 @@ class Plan:
             norm=norm,
             scale=scale,
         )
+
+    def spread(self, seq_len: int) -> "Plan":
+        """This plan, made for one row a sequence, for all their tokens: they go where it goes, with its weights.
+
+        Scores stay those of the sequences.
+        """
+        places_S = torch.arange(seq_len, device=self.token_N.device)
+
+        def tokens(sequences: Tensor) -> Tensor:
+            return (sequences[:, None] * seq_len + places_S).flatten()
+
+        def each(values: Tensor) -> Tensor:
+            return values.repeat_interleave(seq_len)
+
+        chosen = self.chosen
+        return replace(
+            self,
+            num_tokens=self.num_tokens * seq_len,
+            seq_len=seq_len,
+            token_N=tokens(self.token_N),
+            expert_N=each(self.expert_N),
+            weights_N=each(self.weights_N),
+            chosen=Pairs(tokens(chosen.token_M), each(chosen.expert_M), each(chosen.rank_M), each(chosen.fate_M)),
+            weights_M=each(self.weights_M),
+            whole_sequences=True,
+        )
+
+    def lengths(self, num_pairs: int) -> list[int] | None:
+        """How so many pairs of whole experts fall into sequences; None where every token is for itself."""
+        return [self.seq_len] * (num_pairs // self.seq_len) if self.whole_sequences else None
 
     @property
     def num_experts(self) -> int:
