@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from experts.uid import ExpertUid
+from experts.uid import UID_PATTERN
 from peer.addresses import MAX_ADDRESS_CHARS, split_address
 from peer.transport import Endpoint, PeerId
 
@@ -41,7 +41,7 @@ class _Record(BaseModel):
 class HostedExpert(_Record):
     """One line of a peer's record."""
 
-    uid: str
+    uid: Annotated[str, Field(pattern=UID_PATTERN)]
     version: Count
     claimed_at_unix_s: UnixSeconds
     """When this peer claimed it; of two claims the lower (claim time, peer id) keeps it."""
@@ -50,11 +50,6 @@ class HostedExpert(_Record):
     share: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Wanted load, relative to the other experts'."""
     rows_served: Count = 0
-
-    @field_validator("uid")
-    @classmethod
-    def _parses(cls, uid: str) -> str:
-        return str(ExpertUid.parse(uid))
 
 
 class PeerRecord(_Record):

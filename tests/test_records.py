@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from experts.uid import ExpertUid
 from peer.records import HostedExpert, PeerRecord, Signed, TrainerRecord
 from peer.snapshot import take_snapshot
 from peer.transport import PeerId
@@ -57,6 +58,20 @@ def test_an_address_that_is_no_host_and_port_is_no_record(address: str) -> None:
 @pytest.mark.parametrize("address", ["192.0.2.7:4700", "[2001:db8::7]:4700", "peer-1.example:1", "localhost:65535"])
 def test_hosts_of_every_kind_are_addresses(address: str) -> None:
     assert peer(address=address).address == address
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("uid", ["", "0", "0.1\n", " 0.1", "+0.1", "00.1", "0.01", "0.1234567", "0.1\u0663", "0.1.2"])
+def test_what_is_no_uid_is_none_in_a_record_either(uid: str) -> None:
+    with pytest.raises(ValueError, match="is not an expert uid"):
+        ExpertUid.parse(uid)
+    with pytest.raises(ValidationError):
+        hosted(uid=uid)
+
+
+@pytest.mark.parametrize("uid", ["0.0", "3.17", "999999.999999"])
+def test_a_uid_reads_the_same_in_a_record(uid: str) -> None:
+    assert str(ExpertUid.parse(hosted(uid=uid).uid)) == uid
 
 
 @pytest.mark.hostile
