@@ -1,6 +1,7 @@
 """`swarmoe local` as a person runs it: kills and verdict, Ctrl+C at any moment, and its own sudden death."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -95,6 +96,26 @@ def test_peers_are_killed_and_come_back_and_the_report_adds_up(started: Processe
     assert (report["verdict"], report["problems"]) == ("ok", [])
     assert "verdict           ok" in local.stdout
     assert started.left() == []
+
+
+def test_over_a_slow_lossy_network_it_learns_and_says_what_was_lost(started: Processes) -> None:
+    path = started.folder / "runs" / "report.json"
+
+    code, local = started.run(
+        *("local", "--preset=tiny", "--peers=2", "--steps=20", "--seed=3", "--set=wire.call_timeout_s=0.5"),
+        *("--latency-ms=5", "--jitter-ms=5", "--loss=0.15", "--bandwidth-mbit=50", f"--report={path}"),
+        timeout_s=110,
+    )
+
+    assert code == 0, local.log()
+    report = json.loads(path.read_text())
+    calls, pairs, reasons = report["calls"], report["pairs"], report["lost_by_reason"]
+    assert "emulating for every process: 5 to 10 ms one way, 50 Mbit/s a direction, 15.0% of" in local.stderr
+    assert report["verdict"] == "ok"
+    assert calls["sent"] == calls["answered"] + calls["lost"]
+    assert calls["lost"] >= 1
+    assert reasons["timeout"] == pairs["lost"] - reasons["unreachable"] > 0
+    assert re.search(rf"pairs .*\(lost: {reasons['timeout']:,} timeout", local.stdout)
 
 
 @pytest.mark.parametrize(
