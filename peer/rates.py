@@ -32,3 +32,10 @@ class MeasuredDevice(_Measured):
     tokens_per_s: Speed
     flops_per_s: Speed
     """F, what it achieves; not what its maker says."""
+
+
+class Rates(_Measured):
+    """What a peer measured at its start; none: it could not be measured."""
+
+    link: MeasuredLink | None = None
+    device: MeasuredDevice | None = None
