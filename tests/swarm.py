@@ -7,7 +7,7 @@ all the work and ten seconds of silence take no time.
 import asyncio
 import base64
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from experts.settings import ExpertOptimizerSettings, ExpertShape
 from experts.snapshots import SnapshotFolder
 from experts.uid import ExpertUid
 from peer.directory import Directory
-from peer.event_loop import EventLoopThread
+from peer.event_loop import EventLoopThread, Talk
 from peer.expert_host import ExpertHost
 from peer.faults import Faults
 from peer.identity import Identity
@@ -106,6 +106,16 @@ class VirtualBridge:
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, timeout_s: float | None) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, timeout_s))
+
+    def listen(self, talks: Iterable[Talk[T]], *, timeout_s: float) -> Iterator[T]:
+        inbox: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+        running = [self.loop.create_task(talk(inbox.put_nowait)) for talk in talks]
+        for task in running:
+            task.add_done_callback(inbox.put_nowait)
+        for _ in running:
+            while not isinstance(said := self.run(inbox.get(), timeout_s=timeout_s), asyncio.Task):
+                yield said
+            said.result()
 
     @property
     def now_s(self) -> float:

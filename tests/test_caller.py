@@ -17,7 +17,7 @@ from protos import swarm_pb2 as pb
 from tests.transport_worlds import Answer, Member, World
 from tests.virtual_clock import run_virtual
 from tests.wire_calls import forward_call, frames_of, whole_answer
-from trainer.caller import REASON_OF_ERROR, REASON_OF_OUTCOME, CallResult, send_call
+from trainer.caller import REASON_OF_ERROR, REASON_OF_OUTCOME, Ending, Heard, send_call
 from trainer.ledger import LossReason
 
 CALL = forward_call()
@@ -55,7 +55,7 @@ WHOLE = list(write_reply(whole_answer()))
 
 @dataclass
 class Sent:
-    result: CallResult
+    heard: Heard
     took_s: float
     calls_made: int
 
@@ -72,10 +72,14 @@ def send(answer: Answer, *, fault: Fault = Fault.NONE, timeout_s: float = TIMEOU
             network.faults.take_down(peer.identity.peer_id)
         clock = asyncio.get_running_loop().time
         started_s = clock()
-        result = await send_call(trainer.transport, peer.endpoint, Method.FORWARD, CALL, LIMITS, timeout_s=timeout_s)
+        heard = Heard()
+        ending = await send_call(
+            trainer.transport, peer.endpoint, Method.FORWARD, CALL, LIMITS, heard.hear, timeout_s=timeout_s
+        )
+        heard.hear(ending)
         took_s = clock() - started_s
         await world.close()
-        return Sent(result, took_s, network.faults.num_calls(peer.identity.peer_id, Method.FORWARD))
+        return Sent(heard, took_s, network.faults.num_calls(peer.identity.peer_id, Method.FORWARD))
 
     return run_virtual(main())
 
@@ -93,18 +97,18 @@ def test_every_way_in_which_a_peer_can_fail_has_a_reason() -> None:
 def test_a_whole_answer_is_no_loss() -> None:
     sent = send(answering(WHOLE))
 
-    assert sent.result.failure is None
-    assert sent.result.outcome(1) is Outcome.OK
-    assert sent.result.loss_reason(1) is None
-    assert sent.result.loss_reason(3) is LossReason.DECLINED
+    assert sent.heard.ending.failure is None
+    assert sent.heard.outcomes[1] is Outcome.OK
+    assert sent.heard.loss_reason(1) is None
+    assert sent.heard.loss_reason(3) is LossReason.DECLINED
     assert sent.took_s == 0.0
 
 
 def test_message_bytes_are_counted_both_ways() -> None:
     sent = send(answering(WHOLE))
 
-    assert sent.result.bytes_up == sum(frame.ByteSize() for frame in asyncio.run(frames_of(CALL)))
-    assert sent.result.bytes_down == sum(map(len, WHOLE))
+    assert sent.heard.ending.bytes_up == sum(frame.ByteSize() for frame in asyncio.run(frames_of(CALL)))
+    assert sent.heard.ending.bytes_down == sum(map(len, WHOLE))
 
 
 @pytest.mark.parametrize(
@@ -122,22 +126,22 @@ def test_message_bytes_are_counted_both_ways() -> None:
 def test_a_call_that_is_not_answered_ends_at_its_deadline(answer: Answer, fault: Fault) -> None:
     sent = send(answer, fault=fault)
 
-    assert sent.result.failure is LossReason.TIMEOUT
+    assert sent.heard.ending.failure is LossReason.TIMEOUT
     assert TIMEOUT_S <= sent.took_s <= TIMEOUT_S + 0.5
 
 
 def test_what_came_before_the_deadline_counts() -> None:
     sent = send(answering(WHOLE[:-1], then=for_ever))
 
-    assert sent.result.outcome(1) is Outcome.OK
-    assert sent.result.loss_reason(1) is None
+    assert sent.heard.outcomes[1] is Outcome.OK
+    assert sent.heard.loss_reason(1) is None
 
 
 def test_a_peer_that_has_vanished_is_unreachable_at_once() -> None:
     sent = send(answering(WHOLE), is_down=True)
 
-    assert sent.result.failure is LossReason.UNREACHABLE
-    assert sent.result.loss_reason(1) is LossReason.UNREACHABLE
+    assert sent.heard.ending.failure is LossReason.UNREACHABLE
+    assert sent.heard.loss_reason(1) is LossReason.UNREACHABLE
     assert sent.took_s == 0.0
 
 
@@ -146,21 +150,21 @@ def test_an_answer_cut_in_the_middle_keeps_what_came_whole(after_frames: int) ->
     sent = send(answering(WHOLE), fault=Fault.cut(after_frames))
 
     came_whole = after_frames >= 2  # a group and its tensor's only chunk
-    assert sent.result.failure is LossReason.UNREACHABLE
-    assert sent.result.loss_reason(1) is (None if came_whole else LossReason.UNREACHABLE)
+    assert sent.heard.ending.failure is LossReason.UNREACHABLE
+    assert sent.heard.loss_reason(1) is (None if came_whole else LossReason.UNREACHABLE)
 
 
 def test_an_answer_without_its_end_is_malformed() -> None:
     sent = send(answering(WHOLE[:-1]))
 
-    assert sent.result.failure is LossReason.MALFORMED
+    assert sent.heard.ending.failure is LossReason.MALFORMED
 
 
 def test_an_expert_that_is_left_out_is_lost_as_malformed() -> None:
     sent = send(answering(list(write_reply(whole_answer()[:1]))))
 
-    assert sent.result.loss_reason(1) is None
-    assert sent.result.loss_reason(3) is LossReason.MALFORMED
+    assert sent.heard.loss_reason(1) is None
+    assert sent.heard.loss_reason(3) is LossReason.MALFORMED
 
 
 def test_an_answer_that_announces_more_than_was_asked_for_is_malformed() -> None:
@@ -169,7 +173,7 @@ def test_an_answer_that_announces_more_than_was_asked_for_is_malformed() -> None
 
     sent = send(answering([group.SerializeToString(), *WHOLE[1:]]))
 
-    assert sent.result.failure is LossReason.MALFORMED
+    assert sent.heard.ending.failure is LossReason.MALFORMED
 
 
 @pytest.mark.parametrize(
@@ -185,21 +189,21 @@ def test_an_answer_that_announces_more_than_was_asked_for_is_malformed() -> None
 def test_a_refusal_has_its_reason(refusal: Refusal, reason: LossReason) -> None:
     sent = send(refusing(refusal))
 
-    assert sent.result.failure is reason
-    assert sent.result.groups == ()
+    assert sent.heard.ending.failure is reason
+    assert sent.heard.outcomes == {}
 
 
 def test_a_peers_bug_is_as_good_as_no_peer() -> None:
     async def fail() -> None:
         raise ZeroDivisionError
 
-    assert send(answering([], then=fail)).result.failure is LossReason.UNREACHABLE
+    assert send(answering([], then=fail)).heard.ending.failure is LossReason.UNREACHABLE
 
 
 def test_without_time_left_nothing_is_sent() -> None:
     sent = send(answering(WHOLE), timeout_s=0.0)
 
-    assert sent.result.failure is LossReason.TIMEOUT
+    assert sent.heard.ending.failure is LossReason.TIMEOUT
     assert sent.calls_made == 0
 
 
@@ -214,16 +218,18 @@ def test_whoever_answers_nonsense_is_hung_up_on() -> None:
             finally:
                 self.hung_up.set()
 
-    async def main() -> tuple[CallResult, bool]:
+    async def main() -> tuple[Ending, bool]:
         line, world = Line(), World(MemoryNetwork().transport)
         peer = await world.serving(answering([chunk_frame([b"nonsense"])], then=line.hold))
         trainer: Member = world.member()
-        result = await send_call(trainer.transport, peer.endpoint, Method.FORWARD, CALL, LIMITS, timeout_s=TIMEOUT_S)
+        ending = await send_call(
+            trainer.transport, peer.endpoint, Method.FORWARD, CALL, LIMITS, Heard().hear, timeout_s=TIMEOUT_S
+        )
         async with asyncio.timeout(0.1):
             await line.hung_up.wait()
-        return result, line.hung_up.is_set()
+        return ending, line.hung_up.is_set()
 
-    result, hung_up = run_virtual(main())
+    ending, hung_up = run_virtual(main())
 
-    assert result.failure is LossReason.MALFORMED
+    assert ending.failure is LossReason.MALFORMED
     assert hung_up

@@ -4,12 +4,12 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import uvloop
 
-from peer.event_loop import EventLoopThread
+from peer.event_loop import EventLoopThread, Talk
 
 
 @pytest.fixture
@@ -63,6 +63,92 @@ def test_a_timeout_of_the_coroutines_own_is_its_result(loop: EventLoopThread) ->
 
     with pytest.raises(TimeoutError):
         loop.run(give_up(), timeout_s=5)
+
+
+def test_what_coroutines_tell_is_heard_while_they_still_run(loop: EventLoopThread) -> None:
+    go_on = {name: threading.Event() for name in "ab"}
+
+    def talk(name: str) -> Talk[str]:
+        async def say(tell: Callable[[str], None]) -> None:
+            tell(f"{name} begins")
+            await asyncio.to_thread(go_on[name].wait, 5)
+            tell(f"{name} ends")
+
+        return say
+
+    heard = loop.listen([talk("a"), talk("b")], timeout_s=5)
+
+    assert {next(heard), next(heard)} == {"a begins", "b begins"}
+    go_on["b"].set()
+    assert next(heard) == "b ends"
+    go_on["a"].set()
+    assert list(heard) == ["a ends"]
+
+
+def test_a_coroutine_starts_before_the_next_one_is_asked_for(loop: EventLoopThread) -> None:
+    begun = threading.Event()
+
+    async def begin(tell: Callable[[bool], None]) -> None:
+        begun.set()
+
+    async def note(tell: Callable[[bool], None]) -> None:
+        tell(True)
+
+    def talks() -> Iterator[Talk[bool]]:
+        yield begin
+        assert begun.wait(5)
+        yield note
+
+    assert list(loop.listen(talks(), timeout_s=5)) == [True]
+
+
+def test_what_a_coroutine_raises_ends_the_listening_and_the_others(loop: EventLoopThread) -> None:
+    cancelled = threading.Event()
+
+    async def hang(tell: Callable[[str], None]) -> None:
+        tell("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async def fail(tell: Callable[[str], None]) -> None:
+        raise KeyError("as it was raised")
+
+    def talks() -> Iterator[Talk[str]]:
+        yield hang
+        yield fail
+
+    heard = loop.listen(talks(), timeout_s=5)
+    assert next(heard) == "begun"
+    with pytest.raises(KeyError, match="as it was raised"):
+        next(heard)
+
+    assert cancelled.wait(2)
+
+
+@pytest.mark.parametrize("leaves_early", [True, False])
+def test_listening_ends_at_its_timeout_or_when_nobody_listens_and_cancels_the_rest(
+    loop: EventLoopThread, leaves_early: bool
+) -> None:
+    cancelled = threading.Event()
+
+    async def hang(tell: Callable[[str], None]) -> None:
+        tell("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    heard = loop.listen([hang], timeout_s=5 if leaves_early else 0.05)
+    assert next(heard) == "begun"
+    if leaves_early:
+        heard.close()
+    else:
+        with pytest.raises(TimeoutError):
+            next(heard)
+
+    assert cancelled.wait(2)
 
 
 def test_the_loop_refuses_to_wait_for_itself(loop: EventLoopThread) -> None:
@@ -144,7 +230,7 @@ def test_a_task_that_ignores_its_cancellation_cannot_hold_up_the_close() -> None
 def test_ctrl_c_ends_a_wait_without_end() -> None:
     program = """
 import asyncio, os, signal, threading
-from peer.event_loop import EventLoopThread
+from peer.event_loop import EventLoopThread, Talk
 
 async def wait_for_ever():
     os.kill(os.getpid(), signal.SIGINT)

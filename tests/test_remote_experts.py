@@ -1,7 +1,7 @@
 """One layer's pairs through other people's machines and back, under autograd."""
 
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -315,8 +315,9 @@ def test_calls_are_granted_what_is_left_of_the_step(swarm: MemorySwarm) -> None:
 class _LateLoop:
     """A loop that is too busy to say in time how a call ended."""
 
-    def run(self, coroutine: Coroutine, *, timeout_s: float) -> None:
-        coroutine.close()
+    def listen(self, talks: Iterable[object], *, timeout_s: float) -> Iterator[object]:
+        yield from ()
+        assert list(talks)
         raise TimeoutError
 
 

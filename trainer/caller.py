@@ -1,10 +1,10 @@
-"""One packed call to one peer, in the trainer's words: what came back, or why not. Async; moves bytes, never tensors.
+"""One packed call to one peer, in the trainer's words: what comes back, and why the rest does not. Moves bytes only.
 
 Lower-layer errors become loss reasons in one table; nothing here raises for a peer's failure.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -55,41 +55,63 @@ KEEPS_THE_PEER = frozenset({LossReason.DECLINED, LossReason.STALE, LossReason.NO
 
 
 @dataclass(frozen=True)
-class CallResult:
-    """How one call ended. `groups` holds what arrived, also when the rest was cut off."""
+class Ending:
+    """How one call ended."""
 
-    groups: tuple[GroupReply, ...]
     failure: LossReason | None
     """None when the peer answered to the end."""
-    bytes_up: int
-    bytes_down: int
+    bytes_up: int = 0
+    bytes_down: int = 0
+    is_ours: bool = False
+    """Nothing was sent: no fault of the peer's."""
 
-    def outcome(self, index: int) -> Outcome | None:
-        """What became of one expert's rows; None when nothing was heard of it."""
-        found = (expert.outcome for group in self.groups for expert in group.experts if expert.index == index)
-        return next(found, None)
+
+Said = GroupReply | Ending
+"""What is heard of a call: groups, as many as come, and one ending."""
+
+
+class Heard:
+    """What has been heard of one call so far. What came before a cut counts."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[int, Outcome] = {}
+        self.ending = Ending(None)
+
+    def hear(self, said: Said) -> None:
+        if isinstance(said, Ending):
+            self.ending = said
+        else:
+            self.outcomes |= {expert.index: expert.outcome for expert in said.experts}
 
     def is_all(self, outcome: Outcome) -> bool:
         """Did every expert that was answered end so?"""
-        outcomes = {expert.outcome for group in self.groups for expert in group.experts}
-        return outcomes == {outcome}
+        return set(self.outcomes.values()) == {outcome}
 
     def loss_reason(self, index: int) -> LossReason | None:
-        """Why an expert's rows are lost; None when they are not."""
-        outcome = self.outcome(index)
+        """Why an expert's rows are lost; None when they are not. To be asked once the call has ended."""
+        outcome = self.outcomes.get(index)
         if outcome is None:
-            return self.failure or LossReason.MALFORMED
+            return self.ending.failure or LossReason.MALFORMED
         return None if outcome is Outcome.OK else REASON_OF_OUTCOME[outcome]
 
 
 async def send_call(
-    transport: Transport, endpoint: Endpoint, method: Method, call: Call, limits: ReplyLimits, *, timeout_s: float
-) -> CallResult:
-    """Send one call and gather its reply until it ends, fails or `timeout_s` is over. Never raises a RemoteError."""
+    transport: Transport,
+    endpoint: Endpoint,
+    method: Method,
+    call: Call,
+    limits: ReplyLimits,
+    tell: Callable[[GroupReply], None],
+    *,
+    timeout_s: float,
+) -> Ending:
+    """Send one call and `tell` each group of its answer, until it ends, fails or `timeout_s` is over.
+
+    Never raises a RemoteError.
+    """
     if timeout_s <= 0:
-        return CallResult((), LossReason.TIMEOUT, 0, 0)
+        return Ending(LossReason.TIMEOUT, is_ours=True)
     sizes = _Sizes()
-    groups: list[GroupReply] = []
     sent = sizes.count_up(write_call(call))
     try:
         async with (
@@ -98,12 +120,12 @@ async def send_call(
             aclosing(sizes.count_down(frames)) as counted,
         ):
             async for group in read_reply(counted, limits):
-                groups.append(group)
+                tell(group)
     except (RemoteError, MalformedMessage, TimeoutError) as error:
         failure = _reason_of(error)
         log.warning("call.lost", peer=endpoint.peer_id[:8], method=method, reason=failure, detail=str(error))
-        return CallResult(tuple(groups), failure, sizes.up, sizes.down)
-    return CallResult(tuple(groups), None, sizes.up, sizes.down)
+        return Ending(failure, sizes.up, sizes.down)
+    return Ending(None, sizes.up, sizes.down)
 
 
 def _reason_of(error: Exception) -> LossReason:

@@ -2,13 +2,13 @@
 
 A forward sends each peer its pairs in one packed call and returns outputs with an `ok` mask. A backward sends
 gradients of the answered pairs to the peers that answered them; a lost backward leaves those rows' input gradient zero.
-The training thread encodes and decodes; the event loop only moves bytes.
+The training thread encodes and decodes, each call and each group of an answer while the others travel; the event loop only
+moves bytes.
 """
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,6 @@ from peer.messages import (
     CALL_ID_BYTES,
     Call,
     ExpertRows,
-    GroupReply,
     Mode,
     Outcome,
     ReplyLimits,
@@ -32,7 +31,7 @@ from peer.tensors import Role, WireTensor, all_finite, decode, encode
 from peer.transport import Endpoint, Method, Transport
 from peer.wire_codecs import Codec
 from trainer.absences import Absences
-from trainer.caller import CallResult
+from trainer.caller import Ending, Heard, Said
 from trainer.ledger import BackwardOutcome, LossReason
 from trainer.packing import PeerGroup, group_by_destination
 from trainer.routing.plan import Plan
@@ -103,26 +102,26 @@ class _Exchange:
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(N, D) outputs in the plan's order; rows that did not come back are zero and not `ok`."""
-        out_ND = x_TD.new_zeros(self._plan.num_pairs, x_TD.shape[1])
+        out_ND = x_TD.new_empty(self._plan.num_pairs, x_TD.shape[1])
         groups = group_by_destination(
             self._plan, self._experts.switchboard.assign(self._plan, self._layer, self._scope)
         )
-        calls = [self._pack_forward(group, x_TD) for group in groups]
-        outgoing = [
-            Outgoing(group.destination, call, ReplyLimits.of(call, Method.FORWARD, num_rows=group.rows_U.numel()))
-            for group, call in zip(groups, calls, strict=True)
-        ]
-        results = self._send(Method.FORWARD, outgoing)
-        for group, call, result in zip(groups, calls, results, strict=True):
-            self._unpack_forward(group, call, result, out_ND)
+        asked = [_AskedForward(group) for group in groups]
+        for number, said in self._ask(Method.FORWARD, (self._outgoing_forward(forward, x_TD) for forward in asked)):
+            asked[number].hear(said, out_ND, self.ok_N)
+        if not self.ok_N.all():
+            out_ND[~self.ok_N] = 0.0
+        for forward in asked:
+            self._conclude(forward)
         if self._mode is Mode.TRAIN:
             unplaced = self._plan.num_pairs - sum(group.num_pairs for group in groups)
             self._scope.ledger.pairs_lost(unplaced, LossReason.UNREACHABLE)
             self._scope.answered(self._layer, sent=self._plan.num_pairs, answered=int(self.ok_N.sum()))
         return out_ND
 
-    def _pack_forward(self, group: PeerGroup[Endpoint], x_TD: Tensor) -> Call:
-        return Call(
+    def _outgoing_forward(self, forward: "_AskedForward", x_TD: Tensor) -> Outgoing:
+        group = forward.group
+        forward.call = Call(
             call_id=secrets.token_bytes(CALL_ID_BYTES),
             run_id=self._experts.run_id,
             mode=self._mode,
@@ -130,48 +129,27 @@ class _Exchange:
             experts=tuple(ExpertRows(expert.slot, expert.num_rows) for expert in group.experts),
             reply_codec=self._experts.forward_codec,
             timeout_s=self._experts.call_timeout_s,
-            tensors=_rows(x_TD[group.rows_U], group, self._experts.forward_codec),
+            tensors=_rows(group.take_rows(x_TD), group, self._experts.forward_codec),
         )
+        limits = ReplyLimits.of(forward.call, Method.FORWARD, num_rows=group.num_rows)
+        return Outgoing(group.destination, forward.call, limits)
 
-    def _unpack_forward(self, group: PeerGroup[Endpoint], call: Call, result: CallResult, out_ND: Tensor) -> None:
-        versions: dict[int, int] = {}
-        refused: dict[int, LossReason] = {}
-        for reply in result.groups:
-            ok = [expert for expert in reply.experts if expert.outcome is Outcome.OK]
-            if self._place(group, reply, [expert.index for expert in ok], out_ND):
-                versions |= {expert.index: expert.version for expert in ok}
-            else:
-                refused |= {expert.index: LossReason.NON_FINITE for expert in ok}
-        if refused:
-            self._scope.suspect(group.destination.peer_id)
-        if versions and self._mode is Mode.TRAIN:
+    def _conclude(self, forward: "_AskedForward") -> None:
+        """Blame, keep and count, once nothing more will be heard."""
+        if forward.non_finite:
+            self._scope.suspect(forward.group.destination.peer_id)
+        if self._mode is Mode.EVAL:
+            return
+        if forward.versions:
             assert self._answered is not None
-            self._answered.append(_Answered(group.only(list(versions)), call, versions))
-        if self._mode is Mode.TRAIN:
-            self._count_forward(group, result, versions, refused)
-
-    def _place(self, group: PeerGroup[Endpoint], reply: GroupReply, ok: Sequence[int], out_ND: Tensor) -> bool:
-        """Write a reply's rows into their pairs. False, and nothing written, when they are not finite."""
-        if reply.tensor is None:
-            return True
-        rows_ND = decode(reply.tensor)
-        if not all_finite(rows_ND):
-            return False
-        slices = {expert.slot: slice(expert.start, expert.stop) for expert in group.experts}
-        pairs_N = torch.cat([group.pairs_N[slices[index]] for index in ok])
-        out_ND[pairs_N] = rows_ND.to(out_ND.dtype)
-        self.ok_N[pairs_N] = True
-        return True
-
-    def _count_forward(
-        self, group: PeerGroup[Endpoint], result: CallResult, versions: dict[int, int], refused: dict[int, LossReason]
-    ) -> None:
-        self._scope.ledger.call(answered=bool(versions))
-        for expert in group.experts:
-            if expert.slot in versions:
+            assert forward.call is not None
+            group = forward.group.only(list(forward.versions))
+            self._answered.append(_Answered(group, forward.call, forward.versions))
+        self._scope.ledger.call(answered=bool(forward.versions))
+        for expert in forward.group.experts:
+            if (reason := forward.loss_reason(expert.slot)) is None:
                 self._scope.ledger.pairs_answered(expert.num_rows)
             else:
-                reason = refused.get(expert.slot) or result.loss_reason(expert.slot) or LossReason.MALFORMED
                 self._scope.ledger.pairs_lost(expert.num_rows, reason)
 
     def backward(self, grad_out_ND: Tensor) -> Tensor:
@@ -188,73 +166,122 @@ class _Exchange:
         reachable = [answered for answered in sent if not self._is_suspect(answered)]
         for _ in range(len(sent) - len(reachable)):
             self._scope.ledger.backward(BackwardOutcome.LOST)
-        calls = [self._pack_backward(answered, grad_out_ND) for answered in reachable]
-        results = self._send_backward(reachable, calls)
-        missed = [
-            i
-            for i, result in enumerate(results)
-            if result.is_all(Outcome.MISSING_INPUTS) and not self._is_suspect(reachable[i])
-        ]
+        asked = self._ask_backward([_AskedBackward(answered) for answered in reachable], grad_out_ND, with_rows=False)
+        missed = [backward for backward in asked if backward.is_missed and not self._is_suspect(backward.answered)]
         for _ in missed:
             self._scope.ledger.retried()
-        again = self._send_backward(
-            [reachable[i] for i in missed], [_with_rows(reachable[i], calls[i]) for i in missed]
-        )
-        for i, result in zip(missed, again, strict=True):
-            results[i] = result
-        for answered, result in zip(reachable, results, strict=True):
-            self._scope.ledger.backward(self._unpack_backward(answered, result, grad_x_TD))
+        again = [_AskedBackward(backward.answered) for backward in missed]
+        self._ask_backward(again, grad_out_ND, with_rows=True)
+        for backward in [*(backward for backward in asked if backward not in missed), *again]:
+            self._scope.ledger.backward(self._learn(backward, grad_x_TD))
         return grad_x_TD
 
-    def _pack_backward(self, answered: _Answered, grad_out_ND: Tensor) -> Call:
-        group, call_id = answered.group, answered.call.call_id
-        grad_ND = grad_out_ND[group.pairs_N]
-        gradients = encode(grad_ND, Role.GRADIENTS, self._experts.backward_codec, dither_seed=call_id)
-        return Call(
+    def _ask_backward(
+        self, asked: list["_AskedBackward"], grad_out_ND: Tensor, *, with_rows: bool
+    ) -> list["_AskedBackward"]:
+        outgoing = (self._outgoing_backward(backward.answered, grad_out_ND, with_rows=with_rows) for backward in asked)
+        for number, said in self._ask(Method.BACKWARD, outgoing):
+            asked[number].hear(said)
+        return asked
+
+    def _outgoing_backward(self, answered: _Answered, grad_out_ND: Tensor, *, with_rows: bool) -> Outgoing:
+        """With its rows it is what a peer needs that has forgotten them."""
+        group, codec, call_id = answered.group, self._experts.backward_codec, answered.call.call_id
+        grad_ND = group.take_pairs(grad_out_ND)
+        gradients = {Role.GRADIENTS: encode(grad_ND, Role.GRADIENTS, codec, dither_seed=call_id)}
+        rows = {Role.ROWS: answered.call.tensors[Role.ROWS], **_row_index(group)} if with_rows else {}
+        call = Call(
             call_id=call_id,
             run_id=self._experts.run_id,
             mode=Mode.TRAIN,
             layer=self._layer,
             experts=tuple(ExpertRows(e.slot, e.num_rows, answered.versions[e.slot]) for e in group.experts),
-            reply_codec=self._experts.backward_codec,
+            reply_codec=codec,
             timeout_s=self._experts.call_timeout_s,
             loss_tokens=self._loss_tokens,
-            tensors={Role.GRADIENTS: gradients},
+            tensors=rows | gradients,
         )
+        return Outgoing(group.destination, call, ReplyLimits.of(call, Method.BACKWARD, num_rows=group.num_rows))
 
-    def _send_backward(self, answered: Sequence[_Answered], calls: Sequence[Call]) -> list[CallResult]:
-        outgoing = [
-            Outgoing(a.group.destination, call, ReplyLimits.of(call, Method.BACKWARD, num_rows=a.group.rows_U.numel()))
-            for a, call in zip(answered, calls, strict=True)
-        ]
-        return self._send(Method.BACKWARD, outgoing)
-
-    def _send(self, method: Method, calls: Sequence[Outgoing]) -> list[CallResult]:
-        results = self._experts.switchboard.send(method, calls, self._scope)
-        if self._mode is Mode.TRAIN:
-            for result in results:
-                self._scope.ledger.moved(bytes_up=result.bytes_up, bytes_down=result.bytes_down)
-        return results
+    def _ask(self, method: Method, calls: Iterable[Outgoing]) -> Iterator[tuple[int, Said]]:
+        for number, said in self._experts.switchboard.ask(method, calls, self._scope):
+            if isinstance(said, Ending) and self._mode is Mode.TRAIN:
+                self._scope.ledger.moved(bytes_up=said.bytes_up, bytes_down=said.bytes_down)
+            yield number, said
 
     def _is_suspect(self, answered: _Answered) -> bool:
         return self._scope.is_suspect(answered.group.destination.peer_id)
 
-    def _unpack_backward(self, answered: _Answered, result: CallResult, grad_x_TD: Tensor) -> BackwardOutcome:
+    def _learn(self, backward: "_AskedBackward", grad_x_TD: Tensor) -> BackwardOutcome:
         """Add a backward's input gradients. They are lost when the peer failed or sent something not finite."""
-        if result.is_all(Outcome.STALE):
+        heard, group = backward.heard, backward.answered.group
+        if heard.is_all(Outcome.STALE):
             return BackwardOutcome.STALE
-        if result.is_all(Outcome.ALREADY_APPLIED):
+        if heard.is_all(Outcome.ALREADY_APPLIED):
             self._scope.ledger.backward_repeated()
             return BackwardOutcome.LOST
-        tensors = [group.tensor for group in result.groups if group.tensor is not None]
-        if result.failure is not None or not tensors:
+        if heard.ending.failure is not None or backward.grad_UD is None:
             return BackwardOutcome.LOST
-        rows_UD = reduce(torch.add, map(decode, tensors))
-        if not all_finite(rows_UD):
-            self._scope.suspect(answered.group.destination.peer_id)
+        if not all_finite(backward.grad_UD):
+            self._scope.suspect(group.destination.peer_id)
             return BackwardOutcome.LOST
-        grad_x_TD.index_add_(0, answered.group.rows_U, rows_UD.to(grad_x_TD.dtype))
+        group.add_rows(backward.grad_UD, grad_x_TD)
         return BackwardOutcome.APPLIED
+
+
+class _AskedForward:
+    """One peer's part of a forward, while its answer comes in."""
+
+    def __init__(self, group: PeerGroup[Endpoint]) -> None:
+        self.group = group
+        self.call: Call | None = None
+        """None until it is its turn to be sent."""
+        self.versions: dict[int, int] = {}
+        """Of the experts whose rows have come back."""
+        self.non_finite: set[int] = set()
+        """Experts whose rows the peer called good, and were not."""
+        self._heard = Heard()
+
+    def hear(self, said: Said, out_ND: Tensor, ok_N: Tensor) -> None:
+        """Write a group's rows into their pairs, unless they are not finite."""
+        self._heard.hear(said)
+        if isinstance(said, Ending) or said.tensor is None:
+            return
+        versions = {expert.index: expert.version for expert in said.experts if expert.outcome is Outcome.OK}
+        rows_ND = decode(said.tensor)
+        if not all_finite(rows_ND):
+            self.non_finite |= versions.keys()
+            return
+        self.group.place(rows_ND, list(versions), out_ND)
+        for expert in self.group.experts:
+            if expert.slot in versions:
+                ok_N[expert.pairs] = True
+        self.versions |= versions
+
+    def loss_reason(self, slot: int) -> LossReason | None:
+        return LossReason.NON_FINITE if slot in self.non_finite else self._heard.loss_reason(slot)
+
+
+class _AskedBackward:
+    """One peer's part of a backward, while its answer comes in."""
+
+    def __init__(self, answered: _Answered) -> None:
+        self.answered = answered
+        self.heard = Heard()
+        self.grad_UD: Tensor | None = None
+        """The sum of what has come so far."""
+
+    @property
+    def is_missed(self) -> bool:
+        """The peer has forgotten the inputs."""
+        return self.heard.is_all(Outcome.MISSING_INPUTS)
+
+    def hear(self, said: Said) -> None:
+        self.heard.hear(said)
+        if isinstance(said, Ending) or said.tensor is None:
+            return
+        rows_UD = decode(said.tensor)
+        self.grad_UD = rows_UD if self.grad_UD is None else self.grad_UD.add_(rows_UD)
 
 
 class _RemoteCall(torch.autograd.Function):
@@ -272,12 +299,6 @@ class _RemoteCall(torch.autograd.Function):
     ) -> tuple[Tensor, None]:
         (grad_out_ND,) = grad_outputs
         return ctx.exchange.backward(grad_out_ND.to("cpu", torch.float32)).to(grad_out_ND), None
-
-
-def _with_rows(answered: _Answered, call: Call) -> Call:
-    """The same backward with its inputs: what a peer that has forgotten them needs."""
-    rows: dict[Role, WireTensor] = {Role.ROWS: answered.call.tensors[Role.ROWS], **_row_index(answered.group)}
-    return replace(call, tensors=rows | dict(call.tensors))
 
 
 def _rows(x_UD: Tensor, group: PeerGroup[Endpoint], codec: Codec) -> dict[Role, WireTensor]:

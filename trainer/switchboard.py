@@ -3,19 +3,19 @@
 Called from training threads, which block until every call has ended; the event loop moves the bytes.
 """
 
-import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
 from peer.directory import Directory
-from peer.event_loop import EventLoopThread
+from peer.event_loop import EventLoopThread, Talk
 from peer.messages import Call, ReplyLimits
 from peer.transport import Endpoint, Method, Transport
 from trainer.absences import Absences
-from trainer.caller import KEEPS_THE_PEER, CallResult, send_call
+from trainer.caller import KEEPS_THE_PEER, Ending, Said, send_call
 from trainer.ledger import LossReason
 from trainer.routing.plan import Plan
 from trainer.scope import StepScope
@@ -24,8 +24,6 @@ log = structlog.get_logger(__name__)
 
 _BRIDGE_SLACK_S = 0.5
 """Calls end by their own deadlines; the training thread waits this much longer for the loop to say so."""
-_OUT_OF_TIME = CallResult((), LossReason.TIMEOUT, 0, 0)
-"""Of a call that was lost by nobody's fault but ours."""
 
 
 @dataclass(frozen=True)
@@ -57,37 +55,60 @@ class Switchboard:
         chosen = ((slot, hosts.host(slot)) for slot, _ in plan.groups())
         return {slot: snapshot.endpoints[peer_id] for slot, peer_id in chosen if peer_id is not None}
 
-    def send(self, method: Method, calls: Sequence[Outgoing], scope: StepScope) -> list[CallResult]:
-        """Send calls side by side and wait for all of them. Blocks the training thread, not the loop."""
-        timeout_s = min(self._call_timeout_s, scope.deadline_s - time.monotonic())
-        if not calls or timeout_s <= 0:
-            return [_OUT_OF_TIME] * len(calls)
+    def ask(self, method: Method, calls: Iterable[Outgoing], scope: StepScope) -> Iterator[tuple[int, Said]]:
+        """Send each call as soon as `calls` gives it; yield (its number, what is heard of it), as it comes.
+
+        Of every call the last thing heard is its one `Ending`. Blocks the training thread, not the loop.
+        """
+        began_s = time.monotonic()
+        timeout_s = min(self._call_timeout_s, scope.deadline_s - began_s)
+        asked: list[Outgoing] = []
+
+        def talks() -> Iterator[Talk[tuple[int, Said]]]:
+            for number, outgoing in enumerate(calls):
+                asked.append(outgoing)
+                yield partial(self._talk, number, outgoing, method, began_s + timeout_s)
+
+        ended: set[int] = set()
         try:
-            results = self._loop.run(self._send_all(method, calls, timeout_s), timeout_s=timeout_s + _BRIDGE_SLACK_S)
+            for number, said in self._loop.listen(talks(), timeout_s=timeout_s + _BRIDGE_SLACK_S):
+                if isinstance(said, Ending):
+                    ended.add(number)
+                    self._blame(asked[number], said, scope)
+                yield number, said
         except TimeoutError:  # the calls have ended, and the loop was too busy to say how
             log.warning(
-                "calls.lost", method=method, calls=len(calls), reason="this process is overloaded or was paused"
+                "calls.lost", method=method, calls=len(asked), reason="this process is overloaded or was paused"
             )
-            return [_OUT_OF_TIME] * len(calls)
-        for outgoing, result in zip(calls, results, strict=True):
-            if result.failure is not None and result.failure not in KEEPS_THE_PEER:
-                scope.suspect(outgoing.endpoint.peer_id)
-                self.absences.failed(outgoing.endpoint.peer_id, self._directory.snapshot())
-        return results
+            for number in set(range(len(asked))) - ended:
+                yield number, Ending(LossReason.TIMEOUT, is_ours=True)
 
-    async def _send_all(self, method: Method, calls: Sequence[Outgoing], timeout_s: float) -> list[CallResult]:
-        async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(self._send_one(method, replace(outgoing.call, timeout_s=timeout_s), outgoing))
-                for outgoing in calls
-            ]
-        return [task.result() for task in running]
+    def _blame(self, outgoing: Outgoing, ending: Ending, scope: StepScope) -> None:
+        if ending.failure is None or ending.failure in KEEPS_THE_PEER or ending.is_ours:
+            return
+        scope.suspect(outgoing.endpoint.peer_id)
+        self.absences.failed(outgoing.endpoint.peer_id, self._directory.snapshot())
 
-    async def _send_one(self, method: Method, call: Call, outgoing: Outgoing) -> CallResult:
-        started_s = time.monotonic()
-        result = await send_call(
-            self._transport, outgoing.endpoint, method, call, outgoing.limits, timeout_s=call.timeout_s
+    async def _talk(
+        self,
+        number: int,
+        outgoing: Outgoing,
+        method: Method,
+        deadline_s: float,
+        tell: Callable[[tuple[int, Said]], None],
+    ) -> None:
+        endpoint, began_s = outgoing.endpoint, time.monotonic()
+        timeout_s = deadline_s - began_s
+        call = replace(outgoing.call, timeout_s=timeout_s)
+        ending = await send_call(
+            self._transport,
+            endpoint,
+            method,
+            call,
+            outgoing.limits,
+            lambda group: tell((number, group)),
+            timeout_s=timeout_s,
         )
-        if result.failure is None:
-            self._directory.observe_latency(outgoing.endpoint.peer_id, time.monotonic() - started_s)
-        return result
+        if ending.failure is None:
+            self._directory.observe_latency(endpoint.peer_id, time.monotonic() - began_s)
+        tell((number, ending))
