@@ -1,7 +1,7 @@
 """A call as frames: written by a trainer, read by a peer. Bytes in, a validated `Call` out, or a refusal.
 
-Runs on the event loop and handles bytes and Python integers only. Row-index values and finiteness are checked where the
-tensors are decoded, on the compute thread.
+Runs on the event loop and handles bytes and Python integers only. Row indices, lengths and finiteness are checked where
+the tensors are decoded, on the compute thread.
 """
 
 import math
@@ -137,21 +137,25 @@ def _check_tensors(header: pb.CallHeader, limits: CallLimits, method: Method) ->
             _malformed(f"{spec.role.name} has rows of {spec.shape[1]}, this run's have {limits.dim}")
         specs[spec.role] = spec
         left_bytes -= spec.size_bytes
-    _check_roles(set(specs), method)
+    _check_roles(set(specs), method, limits)
     _check_counts(specs, num_pairs=sum(expert.num_rows for expert in header.experts), max_rows=limits.max_rows)
+    if limits.max_sequence is not None and Role.LENGTHS in specs:
+        _check_sequences(header, specs[Role.LENGTHS].num_rows, max_sequence=limits.max_sequence)
     return specs
 
 
-def _check_roles(roles: set[Role], method: Method) -> None:
+def _check_roles(roles: set[Role], method: Method, limits: CallLimits) -> None:
     index = {Role.ROW_INDEX}
-    if method is Method.FORWARD and roles - index != {Role.ROWS}:
-        _malformed("a forward carries ROWS, perhaps ROW_INDEX, and nothing else")
+    inputs = {Role.ROWS} if limits.max_sequence is None else {Role.ROWS, Role.LENGTHS}
+    carried = ", ".join(sorted(role.name for role in inputs))
+    if method is Method.FORWARD and roles - index != inputs:
+        _malformed(f"a forward carries {carried}, perhaps ROW_INDEX, and nothing else")
     if method is Method.BACKWARD and roles not in (
         {Role.GRADIENTS},
-        {Role.GRADIENTS, Role.ROWS},
-        {Role.GRADIENTS, Role.ROWS} | index,
+        {Role.GRADIENTS} | inputs,
+        {Role.GRADIENTS} | inputs | index,
     ):
-        _malformed("a backward carries GRADIENTS, perhaps ROWS, and ROW_INDEX only with ROWS")
+        _malformed(f"a backward carries GRADIENTS, perhaps {carried}, and ROW_INDEX only with ROWS")
 
 
 def _check_counts(specs: dict[Role, TensorSpec], *, num_pairs: int, max_rows: int) -> None:
@@ -162,6 +166,14 @@ def _check_counts(specs: dict[Role, TensorSpec], *, num_pairs: int, max_rows: in
     for role in (per_pair, Role.GRADIENTS):
         if role in specs and specs[role].num_rows != num_pairs:
             _malformed(f"{role.name} has {specs[role].num_rows} rows, the experts' counts add up to {num_pairs}")
+
+
+def _check_sequences(header: pb.CallHeader, num_sequences: int, *, max_sequence: int) -> None:
+    """As many as the experts' pairs can make: none is empty, longer than the run's context, or of two experts."""
+    fewest = sum(-(-expert.num_rows // max_sequence) for expert in header.experts)
+    most = sum(expert.num_rows for expert in header.experts)
+    if not fewest <= num_sequences <= most:
+        _malformed(f"LENGTHS has {num_sequences} sequences; these experts' rows make {fewest} to {most}")
 
 
 def _malformed(message: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """What trainers and peers say to each other, once it is known to be valid, and how much of it each side accepts.
 
+Where experts see sequences, LENGTHS goes with ROWS and says how an expert's consecutive pairs fall into them.
 Pairs are sorted by expert: `experts[0].num_rows` pairs of the first, then those of the second. A pair reads the
 distinct row of its own number, or `row_index[n]`. A forward group's OUTPUTS holds the pairs of its OK experts, in the
 order of the group; a backward group's ROW_GRADIENTS holds all U distinct rows of the call, and groups add up. Every
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Self
 
+from experts.registry import expert_kind
 from experts.uid import RunId
 from peer.manifest import RunManifest
 from peer.tensors import Role, WireTensor
@@ -56,7 +58,7 @@ class ExpertRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A forward (ROWS, perhaps ROW_INDEX) or a backward (GRADIENTS; ROWS too when the peer has lost its inputs)."""
+    """A forward (ROWS, perhaps ROW_INDEX, LENGTHS) or a backward (GRADIENTS; those too when the peer has lost them)."""
 
     call_id: bytes
     """16 bytes; a backward repeats its forward's."""
@@ -71,6 +73,8 @@ class Call:
     """As they travel, in order."""
     loss_tokens: float = 0.0
     """Backward: the loss tokens the gradient sums over."""
+    score: float = 0.0
+    """Forward: the mean router weight of its pairs. Over capacity a peer declines its caller's lowest first."""
 
     @property
     def is_training(self) -> bool:
@@ -120,6 +124,8 @@ class CallLimits:
     codecs: frozenset[Codec]
     max_rows: int
     max_bytes: int = MAX_CALL_BYTES
+    max_sequence: int | None = None
+    """Tokens of a sequence; None where experts see rows one by one."""
 
     @classmethod
     def of(cls, manifest: RunManifest) -> Self:
@@ -130,6 +136,7 @@ class CallLimits:
             experts_per_layer=manifest.experts_per_layer,
             codecs=frozenset(Codec.named(name) for name in manifest.wire.codecs),
             max_rows=manifest.wire.max_rows,
+            max_sequence=manifest.model.context if expert_kind(manifest.expert.kind).is_sequence_level else None,
         )
 
 

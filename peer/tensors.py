@@ -8,7 +8,7 @@ buffer is what lets a peer check and count bytes on the event loop without torch
 """
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import cast
@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from experts.sequences import lengths_of_each
 from peer import wire_codecs as codecs
 from peer.errors import MalformedMessage
 from peer.wire_codecs import Buffer, Codec, DType
@@ -116,6 +117,18 @@ def decode_row_index(wire: WireTensor, *, num_rows: int) -> Tensor:
     if lowest < 0 or highest >= num_rows:
         raise MalformedMessage(f"ROW_INDEX reads row {lowest if lowest < 0 else highest} of {num_rows}")
     return row_index_N
+
+
+def decode_lengths(wire: WireTensor, *, counts: Sequence[int], longest: int) -> tuple[int, ...]:
+    """How experts' pairs, in order, fall into sequences. Raises MalformedMessage for lengths that cannot be."""
+    lengths = tuple(decode(wire).tolist())
+    if max(lengths) > longest:
+        raise MalformedMessage(f"LENGTHS has a sequence of {max(lengths)}; this run's have at most {longest} tokens")
+    try:
+        lengths_of_each(counts, lengths)
+    except ValueError as error:
+        raise MalformedMessage(f"LENGTHS: {error}") from None
+    return lengths
 
 
 def header_of(spec: TensorSpec) -> pb.TensorHeader:
