@@ -129,7 +129,10 @@ class _Exchange:
             experts=tuple(ExpertRows(expert.slot, expert.num_rows) for expert in group.experts),
             reply_codec=self._experts.forward_codec,
             timeout_s=self._experts.call_timeout_s,
-            tensors=_rows(group.take_rows(x_TD), group, self._experts.forward_codec),
+            tensors={
+                Role.ROWS: encode(group.take_rows(x_TD), Role.ROWS, self._experts.forward_codec),
+                **_layout(group, self._plan),
+            },
         )
         limits = ReplyLimits.of(forward.call, Method.FORWARD, num_rows=group.num_rows)
         return Outgoing(group.destination, forward.call, limits)
@@ -189,7 +192,7 @@ class _Exchange:
         group, codec, call_id = answered.group, self._experts.backward_codec, answered.call.call_id
         grad_ND = group.take_pairs(grad_out_ND)
         gradients = {Role.GRADIENTS: encode(grad_ND, Role.GRADIENTS, codec, dither_seed=call_id)}
-        rows = {Role.ROWS: answered.call.tensors[Role.ROWS], **_row_index(group)} if with_rows else {}
+        rows = {Role.ROWS: answered.call.tensors[Role.ROWS], **_layout(group, self._plan)} if with_rows else {}
         call = Call(
             call_id=call_id,
             run_id=self._experts.run_id,
@@ -301,11 +304,12 @@ class _RemoteCall(torch.autograd.Function):
         return ctx.exchange.backward(grad_out_ND.to("cpu", torch.float32)).to(grad_out_ND), None
 
 
-def _rows(x_UD: Tensor, group: PeerGroup[Endpoint], codec: Codec) -> dict[Role, WireTensor]:
-    return {Role.ROWS: encode(x_UD, Role.ROWS, codec), **_row_index(group)}
-
-
-def _row_index(group: PeerGroup[Endpoint]) -> dict[Role, WireTensor]:
-    if group.row_index_N is None:
-        return {}
-    return {Role.ROW_INDEX: encode(group.row_index_N, Role.ROW_INDEX, Codec.RAW)}
+def _layout(group: PeerGroup[Endpoint], plan: Plan) -> dict[Role, WireTensor]:
+    """Which row each pair reads, and how the pairs fall into sequences, where that needs saying."""
+    layout: dict[Role, WireTensor] = {}
+    if group.row_index_N is not None:
+        layout[Role.ROW_INDEX] = encode(group.row_index_N, Role.ROW_INDEX, Codec.RAW)
+    lengths = plan.lengths(group.num_pairs)
+    if lengths is not None:
+        layout[Role.LENGTHS] = encode(torch.tensor(lengths, dtype=torch.int32), Role.LENGTHS, Codec.RAW)
+    return layout
