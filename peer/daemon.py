@@ -13,13 +13,20 @@ from importlib.metadata import version
 import structlog
 import torch
 
-from experts.bank import ExpertBank, ExpertState
+from experts.bank import ExpertState
 from experts.snapshots import SnapshotFolder, SnapshotNotWritten, SnapshotUnusable
 from experts.uid import ExpertUid, RunId
 from peer.addresses import split_address
 from peer.announcer import Announcer, Place
 from peer.bootstrap import parse_join, sign_info
-from peer.device import capacity, choose_device, free_memory_bytes, limit_compute_threads
+from peer.device import (
+    Footprint,
+    capacity,
+    choose_device,
+    compute_dtype,
+    free_memory_bytes,
+    limit_compute_threads,
+)
 from peer.emulated_transport import emulate
 from peer.errors import BadConfiguration, CheckpointUnusable
 from peer.event_feed import EventFeed, event_bytes
@@ -134,7 +141,7 @@ def _make_host(
         room = capacity(
             asked=settings.max_experts,
             free_bytes=free_memory_bytes(device),
-            bytes_per_expert=ExpertBank.bytes_per_expert(manifest.expert, manifest.expert_optimizer),
+            footprint=Footprint.of(manifest, compute_dtype(device)),
         )
     except ValueError as error:
         raise BadConfiguration(str(error)) from None

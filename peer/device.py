@@ -1,11 +1,15 @@
-"""Which device hosts the experts, and how many of them fit on it."""
+"""Which device hosts the experts, in what it computes, and how many of them fit on it."""
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import psutil
 import torch
+
+from experts.bank import ExpertBank
+from experts.registry import expert_kind
+from peer.manifest import RunManifest
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -31,11 +35,38 @@ def choose_device(name: DeviceName) -> tuple[torch.device, str]:
     return torch.device(name), f"{name}: asked for with --device"
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where a GPU has it; weights and gradients stay float32 anyway. CPUs and MPS are no faster for it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """What the device could still give, shared fairly among this machine's peers by nobody but the operating system."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What experts take of the device's memory."""
+
+    bytes_per_expert: int
+    """Weights, what computes in their place, the optimiser's moments and one gradient."""
+    activation_bytes: int = 0
+    """Of a call with every token of a micro-batch to one expert, forward and backward."""
+
+    @classmethod
+    def of(cls, manifest: RunManifest, dtype: torch.dtype) -> Self:
+        """As they compute in `dtype`."""
+        shape = manifest.expert
+        saved_bytes = expert_kind(shape.kind).saved_bytes_per_row(shape, dtype)
+        rows_bytes = 4 * 4 * shape.dim  # inputs, outputs and their gradients, float32
+        return cls(
+            ExpertBank.bytes_per_expert(shape, manifest.expert_optimizer, dtype),
+            manifest.batch.sequences * manifest.model.context * (saved_bytes + rows_bytes),
+        )
 
 
 @dataclass(frozen=True)
@@ -46,20 +77,28 @@ class Capacity:
     reason: str
 
 
-def capacity(*, asked: int | None, free_bytes: int, bytes_per_expert: int) -> Capacity:
-    """An asked-for number is kept if it fits; otherwise as many as fit in half of the free memory, up to MAX_EXPERTS.
+def capacity(*, asked: int | None, free_bytes: int, footprint: Footprint) -> Capacity:
+    """An asked-for number is kept if it fits beside a call; otherwise as many as fit in half of the free memory.
 
-    Raises ValueError, with the numbers, when more was asked for than the free memory or a peer's record holds.
+    Never more than MAX_EXPERTS. Raises ValueError, with the numbers, when more was asked for than the free memory or a
+    peer's record holds, and when not one fits.
     """
-    fits = max(0, free_bytes // bytes_per_expert)
-    each = f"{bytes_per_expert / 2**20:.1f} MiB each with optimiser state"
+    fits = max(0, (free_bytes - footprint.activation_bytes) // footprint.bytes_per_expert)
+    room = min(fits, int(free_bytes * _EXPERT_SHARE) // footprint.bytes_per_expert)
+    each = f"{_mib(footprint.bytes_per_expert)} each with optimiser state"
+    beside = f"{_mib(free_bytes)} free, {_mib(footprint.activation_bytes)} of it for activations"
     if asked is not None:
         if asked > fits:
-            raise ValueError(f"--max-experts {asked} needs more memory than is free: {fits} fit ({each})")
+            raise ValueError(f"--max-experts {asked} needs more memory than is free: {fits} fit ({each}; {beside})")
         if asked > MAX_EXPERTS:
             raise ValueError(f"--max-experts {asked} is more than one peer announces, {MAX_EXPERTS}; start more peers")
         return Capacity(asked, f"at most {asked} experts, as asked with --max-experts ({each})")
-    room = int(fits * _EXPERT_SHARE)
+    if room == 0:
+        raise ValueError(
+            f"no expert of this run fits in half of the free memory ({each}; {beside}); --max-experts {fits} takes all"
+            if fits
+            else f"no expert of this run fits on this device ({each}; {beside})"
+        )
     if room > MAX_EXPERTS:
         return Capacity(MAX_EXPERTS, f"{MAX_EXPERTS} experts, the most one peer announces ({each}); see --max-experts")
     return Capacity(room, f"room for {room} experts in half of the free memory ({each}); see --max-experts")
@@ -68,3 +107,7 @@ def capacity(*, asked: int | None, free_bytes: int, bytes_per_expert: int) -> Ca
 def limit_compute_threads() -> None:
     """One compute thread per process unless OMP_NUM_THREADS says otherwise: several peers share a machine's cores."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB"
