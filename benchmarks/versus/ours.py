@@ -1,0 +1,120 @@
+"""Our contestant: a coordinator and one peer as processes, and a client that calls through `RemoteMoE`, as users do."""
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.versus import kinds
+from benchmarks.versus.contest import Round, answer_turns
+from experts.settings import ExpertOptimizerSettings, ExpertShape
+from peer.manifest import ModelSettings, RunManifest, WireSettings
+from swarmoe import RemoteMoE, join
+from swarmoe.run_presets import manifest_toml
+from trainer.moe import MoELayer
+from trainer.routing.gate import softmax
+from trainer.routing.router import Router
+from trainer.routing.selection import TopK
+
+DIM = 256
+LAYER_EXPERTS, LAYER_TOP_K = 16, 2
+_START_WITHIN_S = 60.0
+_PRECISE = WireSettings(codecs=("fp32",), forward_codec="fp32", backward_codec="fp32", call_timeout_s=60.0)
+
+
+def manifest(kind: str, *, num_experts: int, wire: WireSettings) -> RunManifest:
+    """A run of one layer whose experts take a step after every backward: the cheapest we have, as theirs is."""
+    return RunManifest(
+        name="versus",
+        moe_layers=1,
+        experts_per_layer=num_experts,
+        expert=ExpertShape(kind=kind, dim=DIM, hidden=kinds.EXPANSION * DIM),
+        expert_optimizer=ExpertOptimizerSettings(name="sgd", learning_rate=1e-12, clip_norm=None),
+        model=ModelSettings(dim=DIM, layers=1),
+        wire=wire,
+    )
+
+
+RUNS = {
+    "nop": manifest("hivemind_nop", num_experts=1, wire=_PRECISE),
+    "ffn": manifest("hivemind_ffn", num_experts=1, wire=_PRECISE),
+    "layer": manifest("hivemind_ffn", num_experts=LAYER_EXPERTS, wire=WireSettings(call_timeout_s=60.0)),
+}
+
+
+class _NoScore(nn.Module):
+    """The same for every expert."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return x_TD.new_zeros(x_TD.shape[0], 1)
+
+
+def everything_to_one() -> Router:
+    """For a layer of one expert: it gets every row, with weight 1."""
+    return Router(_NoScore(), softmax, TopK(1), norm="none", generator=torch.Generator())
+
+
+def rounds_of(moe: MoELayer, num_rows: int) -> Round:
+    """Forward and backward through the layer; RuntimeError when a pair or a backward was lost."""
+    x_TD = torch.randn(num_rows, DIM, generator=torch.Generator().manual_seed(0))
+
+    def one_round() -> None:
+        y_TD = moe(x_TD.clone().requires_grad_())
+        (y_TD.sum() + moe.loss).backward()
+        counts = moe.ledger.read()
+        if counts.pairs["lost"] or counts.backwards["lost"]:
+            raise RuntimeError(f"pairs or backwards were lost: {counts}")
+
+    return one_round
+
+
+@contextlib.contextmanager
+def swarm_of_one(run: RunManifest, folder: Path) -> Generator[str]:
+    """A coordinator and one peer with every expert, as processes; gives the address to join."""
+    run_file = folder / "run.toml"
+    run_file.write_text(manifest_toml(run), encoding="utf-8")
+    listen = ["--listen=127.0.0.1:0", "--http=127.0.0.1:0", "--log-level=warning"]
+    with _command("coordinator", f"--run={run_file}", f"--state-dir={folder}/coordinator", *listen) as line:
+        address = line.removeprefix("join:").strip()
+        with _command("peer", f"--join={address}", f"--state-dir={folder}/peer", "--device=cpu", *listen):
+            yield address
+
+
+@contextlib.contextmanager
+def _command(*arguments: str) -> Generator[str]:
+    """A command of ours that knows hivemind's experts; gives its first line."""
+    process = subprocess.Popen([sys.executable, "-m", kinds.__name__, *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline()
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def main() -> None:
+    """Be the contestant."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", choices=RUNS)
+    run = RUNS[parser.parse_args().run]
+    with (
+        tempfile.TemporaryDirectory(prefix="swarmoe-versus-") as folder,
+        swarm_of_one(run, Path(folder)) as address,
+        join(address, timeout_s=_START_WITHIN_S) as swarm,
+    ):
+        if not swarm.wait_for_experts(timeout_s=_START_WITHIN_S):
+            raise RuntimeError("the peer did not come online")
+        router = everything_to_one() if run.experts_per_layer == 1 else None
+        moe = RemoteMoE(swarm, router=router)
+        task: Callable[[int], Round] = lambda num_rows: rounds_of(moe, num_rows)  # noqa: E731
+        answer_turns({"round": task})
+
+
+if __name__ == "__main__":
+    main()
