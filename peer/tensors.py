@@ -3,8 +3,8 @@
 The only decoder of tensors from the network. Refuses to know calls and frames.
 
 Copies of a tensor on its way to another process, besides those that gRPC and protobuf make of each chunk: fp32 two
-(out of the tensor into a chunk, out of the chunk into the receiver's buffer), bf16 two more (narrowing, widening). The
-buffer is what lets a peer check and count bytes on the event loop without torch.
+(out of the tensor into a chunk, out of the chunk into the receiver's buffer), the others two more (narrowing,
+widening). The buffer is what lets a peer check and count bytes on the event loop without torch.
 """
 
 import hashlib
