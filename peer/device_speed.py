@@ -11,7 +11,7 @@ import torch
 from experts.bank import ExpertBank
 from experts.registry import expert_kind
 from experts.settings import ExpertOptimizerSettings
-from peer.device import free_memory_bytes
+from peer.device import compute_dtype, free_memory_bytes
 from peer.manifest import RunManifest
 from peer.rates import MeasuredDevice
 
@@ -59,14 +59,15 @@ class _Passes:
         shape = manifest.expert
         kind = expert_kind(shape.kind)
         num_experts = 1 if kind.num_parameters(shape) > _MANY_PARAMETERS else _MOST_EXPERTS
-        self._bank = ExpertBank(shape, _FORGETFUL, device=device, seed=manifest.seed)
+        dtype = compute_dtype(device)
+        self._bank = ExpertBank(shape, _FORGETFUL, device=device, seed=manifest.seed, compute_dtype=dtype)
         self._uids = manifest.uids()[:num_experts]
         for uid in self._uids:
             self._bank.add(uid)
         self._sequence = manifest.model.context if kind.is_sequence_level else None
         self._dim, self._device, self._clock = shape.dim, device, clock
         self.flops_per_token = TRIP_FORWARDS * kind.flops_per_token(shape, context=manifest.model.context)
-        self.bytes_per_row = kind.saved_bytes_per_row(shape) + 4 * 4 * shape.dim
+        self.bytes_per_row = kind.saved_bytes_per_row(shape, dtype) + 4 * 4 * shape.dim
         """What autograd keeps, and rows, outputs and their gradients."""
 
     def tokens_per_s(self, rows: int) -> float:

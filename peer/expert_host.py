@@ -17,7 +17,7 @@ from experts.bank import ExpertBank, ExpertState
 from experts.snapshots import SnapshotFolder
 from experts.uid import ExpertUid
 from peer.compute_thread import ComputeThread
-from peer.device import free_memory_bytes
+from peer.device import compute_dtype, free_memory_bytes
 from peer.expert_compute import ExpertCompute, Memory, Request
 from peer.manifest import RunManifest
 from peer.messages import Call, GroupReply
@@ -58,7 +58,13 @@ class ExpertHost:
         self._manifest = manifest
         self._snapshots = snapshots
         free_bytes = free_memory_bytes(device)
-        bank = ExpertBank(manifest.expert, manifest.expert_optimizer, device=device, seed=manifest.seed)
+        bank = ExpertBank(
+            manifest.expert,
+            manifest.expert_optimizer,
+            device=device,
+            seed=manifest.seed,
+            compute_dtype=compute_dtype(device),
+        )
         self._compute = ExpertCompute(
             bank,
             device=device,
