@@ -1,5 +1,6 @@
 """The listening side of gRPC: TLS, who is calling, statuses. What a call means is the servicer's."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -12,6 +13,7 @@ from peer.answering import CallerGone, Failure, answer_call, answer_info, contex
 from peer.certificates import Certificate
 from peer.credentials import METADATA_KEY, CredentialChecker
 from peer.errors import CouldNotListen
+from peer.grpc_line import END_OF_CALL, ServerLine, call_limit_s
 from peer.grpc_status import SERVICE, SHARED_OPTIONS, STATUS_OF_REFUSAL, grpc, name_of
 from peer.transport import CallRefused, Frame, Method, PeerId, Refusal, Servicer
 from protos.swarm_pb2 import InfoReply, InfoRequest
@@ -35,6 +37,9 @@ class GrpcServer:
         self._servicer = servicer
         self._checker = CredentialChecker(peer_id, certificate.sha256)
         self._server = grpc.aio.server(options=_OPTIONS)
+        self._is_closing = False
+        self._idle: set[asyncio.Task[Any]] = set()
+        """Lines between two calls."""
         handlers = {
             "Info": grpc.unary_unary_rpc_method_handler(self._info),
             **{method.value: grpc.stream_stream_rpc_method_handler(partial(self._answer, method)) for method in Method},
@@ -60,6 +65,9 @@ class GrpcServer:
 
     async def close(self, grace_s: float) -> None:
         """Refuse new calls, let running ones end within `grace_s`, then cut them. Idempotent."""
+        self._is_closing = True
+        for waiting in self._idle:
+            waiting.cancel()
         await self._server.stop(grace_s)
 
     async def _info(self, data: bytes, context: Any) -> bytes:
@@ -73,26 +81,46 @@ class GrpcServer:
             return answer.SerializeToString()
         return await _abort(context, answer)
 
-    async def _answer(self, method: Method, frames: AsyncIterator[Frame], context: Any) -> None:
+    async def _answer(self, method: Method, _: AsyncIterator[Frame], context: Any) -> None:
+        """Serve a line."""
+
         async def send(frame: Frame) -> None:
             try:
                 await context.write(frame)
             except grpc.aio.BaseError:
                 raise CallerGone from None
 
+        metadata = dict(context.invocation_metadata() or ())
         try:
-            caller = self._checker.check(_credential(context), now_unix_s=time.time())
+            caller = self._checker.check(metadata.get(METADATA_KEY), now_unix_s=time.time())
         except CallRefused as refusal:
-            ending = refusal
-        else:
-            call_context = context_of(caller, timeout_s=context.time_remaining())
-            ending = await answer_call(self._servicer, method, frames, call_context, send)
-        if ending is not None:
-            await _abort(context, ending)
+            await _abort(context, refusal)
+            return
+        line, limit_s = ServerLine(context), call_limit_s(context, metadata)
+        while True:
+            call_context = context_of(caller, timeout_s=limit_s)
+            ending = await answer_call(self._servicer, method, line.frames(), call_context, send)
+            if ending is not None:
+                await _abort(context, ending)
+            if not line.is_at_end or self._is_closing:
+                return
+            await send(END_OF_CALL)
+            if not await self._wait_for_another(line):
+                return
 
-
-def _credential(context: Any) -> bytes | None:
-    return dict(context.invocation_metadata() or ()).get(METADATA_KEY)
+    async def _wait_for_another(self, line: ServerLine) -> bool:
+        """False when no call will come, or this server closes first."""
+        waiting = asyncio.current_task()
+        assert waiting is not None
+        self._idle.add(waiting)
+        try:
+            return await line.next_call()
+        except asyncio.CancelledError:
+            if not self._is_closing:
+                raise
+            return False
+        finally:
+            self._idle.discard(waiting)
 
 
 async def _abort(context: Any, ending: CallRefused | Failure) -> Any:

@@ -92,14 +92,16 @@ class StatusWitness:
         self._ending: tuple[StatusCode, str, Any] | None = None
         call.add_done_callback(self._look)
 
-    async def error(self, *, peer_id: PeerId, method: str) -> RemoteError:
-        """What to raise now that the call has failed."""
+    async def error(self, *, peer_id: PeerId, method: str) -> RemoteError | None:
+        """What to raise now that the call has failed; None when it has not, and only our last words went unheard."""
         for delay_s in _LATE_STATUS_DELAYS_S:
             if self._ending is not None:
                 break
             await asyncio.sleep(delay_s)
             self._look(self._call)
         code, details, metadata = self._ending or (StatusCode.UNAVAILABLE, "the connection broke", None)
+        if code is StatusCode.OK:
+            return None
         name = dict(metadata or ()).get(_REFUSAL_KEY)
         kind = ERROR_OF_REFUSAL[Refusal(name)] if name in list(Refusal) else ERROR_OF_STATUS[code]
         return kind(details or code.name.lower(), peer_id=peer_id, method=method)

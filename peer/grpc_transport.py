@@ -6,16 +6,19 @@ One connection per endpoint, certificate included: a peer that restarted with a 
 import asyncio
 import ssl
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from peer.addresses import split_address
+from peer.answering import DEFAULT_CALL_S
 from peer.certificates import SERVER_NAME, Certificate, pem_of
 from peer.credentials import METADATA_KEY, CredentialIssuer
 from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable
+from peer.grpc_line import CALL_LIMIT_KEY, CallerLine
 from peer.grpc_server import GrpcServer
 from peer.grpc_status import SERVICE, SHARED_OPTIONS, StatusWitness, grpc
 from peer.identity import Identity
@@ -36,11 +39,33 @@ _OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
+_MAX_IDLE_LINES = 64
+"""Per connection and method. As many calls as were ever under way together, up to this."""
+
+
 @dataclass(eq=False)
 class _Connection:
     channel: Any
     num_calls: int = 0
     is_retired: bool = False
+    idle: defaultdict[Method, list[CallerLine]] = field(default_factory=lambda: defaultdict(list))
+    """Open lines that nobody uses, the last used last."""
+
+    def take_idle(self, method: Method, *, timeout_s: float) -> CallerLine | None:
+        """A line that is open, as far as we know, and grants its calls as much time."""
+        lines = self.idle[method]
+        while lines:
+            line = lines.pop()
+            if line.is_open and timeout_s <= line.call_limit_s:
+                return line
+            line.cut()
+        return None
+
+    def keep(self, method: Method, line: CallerLine) -> None:
+        if self.is_retired or len(self.idle[method]) == _MAX_IDLE_LINES:
+            line.cut()
+        else:
+            self.idle[method].append(line)
 
 
 class GrpcTransport:
@@ -78,31 +103,40 @@ class GrpcTransport:
         """See `Transport`."""
         if timeout_s <= 0:
             raise DeadlineExceeded("no time left", peer_id=endpoint.peer_id, method=method.value)
-        credential = self._issuer.credential(endpoint, now_unix_s=time.time())
         connection = self._connect(endpoint)
         connection.num_calls += 1
-        rpc = connection.channel.stream_stream(f"/{SERVICE}/{method.value}")(
-            timeout=timeout_s, metadata=((METADATA_KEY, credential),)
-        )
-        witness = StatusWitness(rpc)
-        sender = asyncio.create_task(_send(rpc, frames))  # ours: ended and awaited below
+        line = connection.take_idle(method, timeout_s=timeout_s) or self._open(connection, endpoint, method, timeout_s)
+        deadline = asyncio.get_running_loop().call_later(timeout_s, line.expire)
+        sender = asyncio.create_task(line.send(frames))  # ours: ended and awaited below
+        is_over = False
         try:
-            async for frame in rpc:
+            async for frame in line.replies():
                 yield frame
+            await sender
+            is_over = line.is_open
         except grpc.aio.AioRpcError:
-            failure = await witness.error(peer_id=endpoint.peer_id, method=method.value)
+            failure = await line.error()
             if isinstance(failure, PeerUnreachable):
                 self._retire(endpoint, connection)  # the next call dials afresh instead of waiting out a back-off
-            raise failure from None
+            if failure is not None:
+                raise failure from None
         except asyncio.CancelledError:
             if sender.done() and not sender.cancelled() and (bug := sender.exception()) is not None:
-                raise bug from None  # `frames` raised, for which the sender cancelled the call
+                raise bug from None  # `frames` raised, for which the line was cut
+            if line.is_late and not _is_cancelled():
+                raise DeadlineExceeded(
+                    f"no answer within {timeout_s:g} s", peer_id=endpoint.peer_id, method=method.value
+                ) from None
             raise
         finally:
-            sender.cancel()
-            rpc.cancel()
+            deadline.cancel()
             connection.num_calls -= 1
-            await asyncio.wait([sender])
+            if is_over:
+                connection.keep(method, line)
+            else:
+                sender.cancel()
+                line.cut()
+                await asyncio.wait([sender])
             await _close_if_unused(connection)
 
     async def serve(self, servicer: Servicer, listen: str) -> GrpcServer:
@@ -120,6 +154,14 @@ class GrpcTransport:
         self._connections.clear()
         for connection in connections:
             await connection.channel.close()
+
+    def _open(self, connection: _Connection, endpoint: Endpoint, method: Method, timeout_s: float) -> CallerLine:
+        credential = self._issuer.credential(endpoint, now_unix_s=time.time())
+        call_limit_s = max(timeout_s, DEFAULT_CALL_S)
+        rpc = connection.channel.stream_stream(f"/{SERVICE}/{method.value}")(
+            metadata=((METADATA_KEY, credential), (CALL_LIMIT_KEY, str(int(1e3 * call_limit_s))))
+        )
+        return CallerLine(rpc, peer_id=endpoint.peer_id, method=method.value, call_limit_s=call_limit_s)
 
     def _connect(self, endpoint: Endpoint) -> _Connection:
         known, connection = self._connections.get(endpoint.peer_id, (None, None))
@@ -150,21 +192,17 @@ async def _ask(address: str, request: InfoRequest, certificate_der: bytes) -> In
         try:
             return InfoReply.FromString(await call)
         except grpc.aio.AioRpcError:
-            raise await witness.error(peer_id=PeerId(address), method="Info") from None
+            failure = await witness.error(peer_id=PeerId(address), method="Info")
+            assert failure is not None, "an answer that failed has another status than OK"
+            raise failure from None
         except DecodeError:
             raise MalformedReply("the answer does not decode", peer_id=address, method="Info") from None
 
 
-async def _send(rpc: Any, frames: AsyncIterable[Frame]) -> None:
-    try:
-        async for frame in frames:
-            await rpc.write(frame)
-        await rpc.done_writing()
-    except (grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):
-        return  # the call is over; its reader learns why
-    except Exception:
-        rpc.cancel()
-        raise
+def _is_cancelled() -> bool:
+    """Did somebody cancel the task that waits, and not only its call?"""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _close_if_unused(connection: _Connection) -> None:

@@ -27,6 +27,7 @@ from peer.errors import (
     PeerUnreachable,
 )
 from peer.event_loop import EventLoopThread
+from peer.grpc_line import CALL_LIMIT_KEY, END_OF_CALL, ServerLine
 from peer.grpc_status import ERROR_OF_STATUS, SERVICE, STATUS_OF_REFUSAL, grpc
 from peer.grpc_transport import GrpcTransport
 from peer.identity import Identity
@@ -132,6 +133,110 @@ async def _call(endpoint: Endpoint) -> list[bytes]:
         await transport.close()
 
 
+@asynccontextmanager
+async def _counting_echo() -> AsyncIterator[tuple[Endpoint, list[int]]]:
+    """A server that echoes; for each stream how many calls it carried."""
+    calls: list[int] = []
+
+    async def echo_calls(_: Any, context: Any) -> None:
+        line, number = ServerLine(context), len(calls)
+        calls.append(0)
+        while True:
+            calls[number] += 1
+            async for frame in line.frames():
+                await context.write(frame)
+            await context.write(END_OF_CALL)
+            if not await line.next_call():
+                return
+
+    async with _raw_server(echo_calls) as endpoint:
+        yield endpoint, calls
+
+
+async def test_calls_one_after_the_other_share_a_stream() -> None:
+    trainer = grpc_world().member()
+    async with _counting_echo() as (endpoint, calls):
+        answers = [await ask(trainer, endpoint, sending(b"%d" % n)) for n in range(5)]
+        await trainer.transport.close()
+
+    assert answers == [[b"%d" % n] for n in range(5)]
+    assert calls == [5]
+
+
+async def test_calls_side_by_side_have_streams_of_their_own_and_leave_them_to_the_next() -> None:
+    trainer = grpc_world().member()
+    async with _counting_echo() as (endpoint, calls):
+        for _ in range(3):
+            await asyncio.gather(*(ask(trainer, endpoint) for _ in range(4)))
+        await trainer.transport.close()
+
+    assert sum(calls) == 12
+    assert len(calls) == 4
+
+
+async def test_a_call_that_is_given_up_takes_its_stream_with_it() -> None:
+    trainer = grpc_world().member()
+    async with _counting_echo() as (endpoint, calls):
+        assert await ask(trainer, endpoint) == [b"hello"]
+        with pytest.raises(DeadlineExceeded):
+            await ask(trainer, endpoint, _trickling(b"half a call"), timeout_s=0.2)
+        assert await ask(trainer, endpoint) == [b"hello"]
+        await trainer.transport.close()
+
+    assert calls == [2, 1]
+
+
+async def _trickling(*frames: Frame) -> AsyncIterator[Frame]:
+    for frame in frames:
+        yield frame
+    await asyncio.Event().wait()
+
+
+async def test_a_stream_that_nobody_uses_does_not_hold_up_a_closing_server(world: World) -> None:
+    peer, trainer = await world.serving(echo), world.member()
+    assert peer.server is not None
+    await asyncio.gather(*(ask(trainer, peer.endpoint) for _ in range(3)))
+
+    async with asyncio.timeout(2):
+        await peer.server.close(grace_s=30)
+
+    with pytest.raises(PeerUnreachable):
+        await ask(trainer, peer.endpoint)
+
+
+@pytest.mark.hostile
+async def test_what_follows_a_good_call_on_its_stream_is_judged_like_any_call(world: World) -> None:
+    peer = await world.serving(_read_and_answer)
+    good = [frame.SerializeToString() for frame in await frames_of(forward_call())]
+    noise = random.Random(4).randbytes(1000)
+
+    for second, reason in (([noise], "does not decode"), (good[1:], "starts with its header"), ([b""], "its header")):
+        status, sentence = await _status_of(
+            peer.endpoint, [*good, END_OF_CALL, *good, END_OF_CALL, *second], credential=_credential(peer)
+        )
+        assert (status, reason in sentence) == (StatusCode.INVALID_ARGUMENT, True), sentence
+        assert await _still_serves(world, peer)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("limit", ["", "-1", "nan", "1e99", "9" * 40, "0"])
+async def test_a_call_limit_that_makes_no_sense_is_no_licence(world: World, limit: str) -> None:
+    left_s: list[float] = []
+
+    async def note(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
+        left_s.append(context.deadline_s - asyncio.get_running_loop().time())
+        yield b"x"
+
+    peer = await world.serving(note)
+    async with _raw_channel(peer.endpoint) as channel:
+        metadata = ((METADATA_KEY, _credential(peer)), (CALL_LIMIT_KEY, limit))
+        with suppress(grpc.aio.AioRpcError):
+            await channel.stream_stream(f"/{SERVICE}/Forward")(iter([]), metadata=metadata).read()
+
+    assert all(left <= MAX_CALL_S for left in left_s)
+    assert await ask(world.member(), peer.endpoint) == [b"x"]
+
+
 @pytest.mark.hostile
 async def test_a_frame_beyond_the_limit_is_malformed() -> None:
     async def send(_: Any, context: Any) -> None:
@@ -224,7 +329,7 @@ async def test_a_call_has_a_deadline_whatever_its_caller_says(
 
     async def note(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         left_s.append(context.deadline_s - asyncio.get_running_loop().time())
-        yield b""
+        yield b"x"
 
     peer = await world.serving(note)
 

@@ -28,7 +28,7 @@ async def _forever(_: CallContext) -> None:
 
 async def _deaf(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
     await asyncio.Event().wait()
-    yield b""
+    yield b"x"
 
 
 async def _frames_for_ever() -> AsyncIterator[Frame]:

@@ -2,8 +2,8 @@
 
 A forward sends each peer its pairs in one packed call and returns outputs with an `ok` mask. A backward sends
 gradients of the answered pairs to the peers that answered them; a lost backward leaves those rows' input gradient zero.
-The training thread encodes and decodes, each call and each group of an answer while the others travel; the event loop only
-moves bytes.
+The training thread encodes and decodes, each call and each group of an answer while the others travel; the event loop
+only moves bytes.
 """
 
 import secrets
