@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from peer.chi import LOW_UTILISATION
 from peer.swarm_state import SwarmState
 
 PEER_STATES = ("joining", "syncing", "online", "draining", "offline")
@@ -34,6 +35,13 @@ class SwarmCollector(Collector):
         yield GaugeMetricFamily("swarmoe_experts", "Experts of the run.", value=len(state.experts))
         yield GaugeMetricFamily("swarmoe_experts_uncovered", "Experts nobody serves.", value=len(state.uncovered))
         yield GaugeMetricFamily("swarmoe_trainers", "Trainers with a live record.", value=len(state.trainers))
+        for kind in state.expert_kinds:
+            if kind.median_chi is not None:
+                text = "Links' speeds over what devices could use, the median of the peers."
+                yield GaugeMetricFamily("swarmoe_chi_median", text, value=kind.median_chi)
+            waiting = sum(peer.utilisation < LOW_UTILISATION for peer in kind.peers)
+            text = "Peers whose link keeps the device idle most of the time."
+            yield GaugeMetricFamily("swarmoe_peers_link_bound", text, value=waiting)
         tokens_per_s = sum(trainer.tokens_per_s for trainer in state.trainers)
         yield GaugeMetricFamily("swarmoe_tokens_per_second", "Tokens trained, all trainers.", value=tokens_per_s)
         yield GaugeMetricFamily("swarmoe_state_time_seconds", "When the state was read.", value=state.at_unix_s)

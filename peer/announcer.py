@@ -8,7 +8,7 @@ import base64
 import random
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import structlog
@@ -19,6 +19,7 @@ from peer.claims import Claim, choose, settle
 from peer.directory import Directory
 from peer.expert_host import ExpertHost
 from peer.farewell import say_goodbye
+from peer.rates import Rates
 from peer.records import RECORD_LIFETIME_S, RENEW_EVERY_S, HostedExpert, PeerRecord, PeerState, RecordStore
 from peer.snapshot import DirectorySnapshot
 from peer.transport import Endpoint, PeerId
@@ -43,6 +44,8 @@ class Place:
     is_pinned: bool
     """They were asked for by name, so that others' claims do not keep us from claiming."""
     max_experts: int
+    rates: Rates = field(default_factory=Rates)
+    """What was measured of it."""
 
 
 class Announcer:
@@ -144,6 +147,7 @@ class Announcer:
             experts=experts,
             device=self._place.device,
             queued_rows=self._host.queued_rows,
+            rates=self._place.rates,
             throughput_tokens_per_s=self._host.take_throughput(),
             software_version=self._place.software_version,
         )

@@ -19,6 +19,7 @@ from experts.uid import ExpertUid, RunId
 from peer.addresses import split_address
 from peer.announcer import Announcer, Place
 from peer.bootstrap import parse_join, sign_info
+from peer.chi import chi_of
 from peer.device import (
     Footprint,
     capacity,
@@ -27,6 +28,7 @@ from peer.device import (
     free_memory_bytes,
     limit_compute_threads,
 )
+from peer.device_speed import measure_device
 from peer.emulated_transport import emulate
 from peer.errors import BadConfiguration, CheckpointUnusable
 from peer.event_feed import EventFeed, event_bytes
@@ -40,8 +42,10 @@ from peer.manifest import RunManifest
 from peer.membership import Membership, membership
 from peer.messages import MAX_CALL_BYTES, CallLimits
 from peer.metrics import peer_registry
+from peer.rates import Rates
 from peer.reachable import listen_ip, reachable_address
 from peer.run_folder import keep_run
+from peer.self_measurement import measured_link, tell_chi
 from peer.service import ExpertService
 from peer.settings import PeerSettings
 from peer.signals import stop_on_signals
@@ -93,8 +97,13 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         )
         keep_run(settings.state_dir, member.manifest)
         snapshots = SnapshotFolder(settings.state_dir / "experts")
-        saved = await asyncio.to_thread(_restore, snapshots, member.manifest.run_id)
-        host, device = await asyncio.to_thread(_make_host, settings, member.manifest, snapshots)
+        async with asyncio.TaskGroup() as starting:  # the link is measured while torch does its first work
+            link = starting.create_task(measured_link(member, random.Random()), name="measure-link")
+            saved = await asyncio.to_thread(_restore, snapshots, member.manifest.run_id)
+            host, device = await asyncio.to_thread(_make_host, settings, member.manifest, snapshots)
+            speed = await asyncio.to_thread(measure_device, member.manifest, device)
+        rates = Rates(link=link.result(), device=speed)
+        tell_chi(member.manifest, rates)
         host.start()
         stack.push_async_callback(asyncio.to_thread, host.close, timeout_s=_COMPUTE_GRACE_S)
         service = ExpertService(
@@ -102,11 +111,11 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         )
         server = await member.transport.serve(service, settings.listen)
         stack.push_async_callback(server.close, 0.0)
-        place = _place(settings, member, reachable_address(server.address), device, host)
+        place = _place(settings, member, reachable_address(server.address), device, host, rates)
         announcer = Announcer(
             place, host=host, store=member.store, directory=member.directory, saved=saved, rng=random.Random()
         )
-        http = await HttpServer.start(_http_content(member, announcer, host), settings.http)
+        http = await HttpServer.start(_http_content(member, announcer, host, rates), settings.http)
         log.info("http.listening", address=http.address)
         stack.push_async_callback(http.close)
         stack.push_async_callback(_leave, service, announcer, host)
@@ -155,7 +164,9 @@ def _call_bytes() -> int:
     return max(MAX_CALL_BYTES, int(free_memory_bytes(torch.device("cpu")) * _CALLS_SHARE))
 
 
-def _place(settings: PeerSettings, member: Membership, address: str, device: torch.device, host: ExpertHost) -> Place:
+def _place(
+    settings: PeerSettings, member: Membership, address: str, device: torch.device, host: ExpertHost, rates: Rates
+) -> Place:
     all_uids = tuple(member.manifest.uids())
     pinned = settings.pinned_experts()
     unknown = set(pinned or ()) - set(all_uids)
@@ -173,6 +184,7 @@ def _place(settings: PeerSettings, member: Membership, address: str, device: tor
         uids=pinned or all_uids,
         is_pinned=pinned is not None,
         max_experts=host.max_experts,
+        rates=rates,
     )
 
 
@@ -192,14 +204,17 @@ def _introducer(member: Membership) -> Callable[[InfoRequest], InfoReply]:
     return introduce
 
 
-def _http_content(member: Membership, announcer: Announcer, host: ExpertHost) -> HttpContent:
+def _http_content(member: Membership, announcer: Announcer, host: ExpertHost, rates: Rates) -> HttpContent:
+    chi = chi_of(rates, member.manifest.wire, dim=member.manifest.expert.dim)
+    registry = peer_registry(host, rates, chi)
+
     def state_json() -> str:
         return swarm_state(member.directory.snapshot(), member.manifest).model_dump_json()
 
     def health() -> Health:
         return Health(announcer.state == "online", f"{announcer.state}, hosting {len(announcer.claimed)} experts")
 
-    return HttpContent(state_json, health, peer_registry(host), EventFeed(lambda: event_bytes("state", state_json())))
+    return HttpContent(state_json, health, registry, EventFeed(lambda: event_bytes("state", state_json())))
 
 
 async def _tidy_and_save_regularly(host: ExpertHost, announcer: Announcer) -> None:

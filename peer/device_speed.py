@@ -39,7 +39,7 @@ def measure_device(
     None when experts of this size leave no room for a measurement. Raises ValueError for an unknown or unsuitable kind.
     """
     free_bytes = free_memory_bytes(device)
-    if ExpertBank.bytes_per_expert(manifest.expert, _FORGETFUL) > free_bytes * _BANK_SHARE:
+    if ExpertBank.bytes_per_expert(manifest.expert, _FORGETFUL, compute_dtype(device)) > free_bytes * _BANK_SHARE:
         return None
     passes = _Passes(manifest, device, clock)
     most_rows = max(_FIRST_ROWS, int(free_bytes * _PASS_SHARE) // passes.bytes_per_row)
@@ -51,7 +51,7 @@ def measure_device(
         if clock() - now_s > _LONG_ENOUGH_S:
             break
         rows *= _GROWTH
-    return MeasuredDevice(tokens_per_s=best, flops_per_s=best * passes.flops_per_token)
+    return MeasuredDevice(tokens_per_s=round(best, 3), flops_per_s=round(best * passes.flops_per_token))
 
 
 class _Passes:

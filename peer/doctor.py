@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from peer.chi import chi_of, link_in_words, verdict
 from peer.machine import Machine
+from peer.remedies import experts_in_words, remedies
 
 GIB = 1 << 30
 OLDEST_PYTHON = (3, 11)
@@ -45,6 +47,8 @@ def _torch(machine: Machine) -> Check:
 
 
 def _device(machine: Machine) -> Check:
+    if machine.device_error is not None:
+        return Check("device", "error", machine.device_error, "give another with --device, or auto")
     cores = f"{machine.num_cores} CPU core{'s' * (machine.num_cores != 1)}"
     if machine.accelerator is not None:
         return Check("device", "ok", f"{machine.accelerator}, {cores}")
@@ -107,7 +111,30 @@ def _swarm(machine: Machine) -> Check | None:
     return Check("swarm", "ok", f"run {swarm.run}; first contact in {swarm.answered_in_ms:.0f} ms")
 
 
+def _link(machine: Machine) -> Check | None:
+    if machine.swarm is None or machine.swarm.manifest is None:
+        return None
+    link = machine.swarm.rates.link
+    if link is None:
+        return Check("link", "warn", "too slow or too busy to be measured", "ask again in a while, or another address")
+    return Check("link", "ok", link_in_words(link))
+
+
+def _chi(machine: Machine) -> Check | None:
+    """How busy the link lets the device be, for each kind of expert of the run; a run has one."""
+    if machine.swarm is None or machine.swarm.manifest is None:
+        return None
+    manifest, rates = machine.swarm.manifest, machine.swarm.rates
+    chi = chi_of(rates, manifest.wire, dim=manifest.expert.dim)
+    if chi is None or rates.link is None or rates.device is None:
+        return Check("chi", "warn", "not known: link or device could not be measured", "see the lines above")
+    said = verdict(chi, rates.link, rates.device, experts=experts_in_words(manifest.expert))
+    if not chi.is_low:
+        return Check("chi", "ok", said)
+    return Check("chi", "warn", said, f"for the run's owner: {'; '.join(remedies(manifest, chi))}")
+
+
 CHECKS: tuple[Callable[[Machine], Check | None], ...] = (
     *(_python, _torch, _device, _memory, _disk, _clock, _ports, _dht),
-    _swarm,
+    *(_swarm, _link, _chi),
 )

@@ -6,14 +6,18 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from peer.chi import Chi
 from peer.expert_host import ExpertHost
+from peer.rates import Rates
 
 
 class PeerCollector(Collector):
     """Gauges and counters over a host."""
 
-    def __init__(self, host: ExpertHost) -> None:
+    def __init__(self, host: ExpertHost, rates: Rates, chi: Chi | None) -> None:
         self._host = host
+        self._rates = rates
+        self._chi = chi
 
     def collect(self) -> Iterable[Metric]:
         statuses = self._host.statuses
@@ -32,10 +36,29 @@ class PeerCollector(Collector):
             steps.add_metric([str(status.uid)], status.version)
         yield served
         yield steps
+        yield from self._measured()
+
+    def _measured(self) -> Iterable[Metric]:
+        """What was measured at the start; nothing where that failed."""
+        if (link := self._rates.link) is not None:
+            speeds = GaugeMetricFamily(
+                "swarmoe_link_bits_per_second", "The link's speed, measured at the start.", labels=["direction"]
+            )
+            speeds.add_metric(["up"], link.up_bits_per_s)
+            speeds.add_metric(["down"], link.down_bits_per_s)
+            yield speeds
+            latency_s = link.latency_ms / 1e3
+            yield GaugeMetricFamily("swarmoe_link_latency_seconds", "There and back, at the start.", value=latency_s)
+        if (device := self._rates.device) is not None:
+            text = "What the device achieves on the run's experts, measured at the start."
+            yield GaugeMetricFamily("swarmoe_device_flops_per_second", text, value=device.flops_per_s)
+        if self._chi is not None:
+            text = "The link's speed over what the device could use; below 1 the device waits."
+            yield GaugeMetricFamily("swarmoe_chi", text, value=self._chi.value)
 
 
-def peer_registry(host: ExpertHost) -> CollectorRegistry:
+def peer_registry(host: ExpertHost, rates: Rates, chi: Chi | None) -> CollectorRegistry:
     """A registry of its own: nothing a library registers globally gets in."""
     registry = CollectorRegistry()
-    registry.register(PeerCollector(host))
+    registry.register(PeerCollector(host, rates, chi))
     return registry

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from experts.uid import UID_PATTERN
 from peer.addresses import MAX_ADDRESS_CHARS, split_address
+from peer.rates import Rates
 from peer.transport import Endpoint, PeerId
 
 RECORD_LIFETIME_S = 15.0
@@ -63,6 +64,7 @@ class PeerRecord(_Record):
     experts: Annotated[tuple[HostedExpert, ...], Field(max_length=4096)] = ()
     device: Annotated[str, Field(max_length=32)] = "cpu"
     queued_rows: Count = 0
+    rates: Rates = Rates()
     throughput_tokens_per_s: Rate = 0.0
     software_version: Annotated[str, Field(max_length=64)] = ""
 

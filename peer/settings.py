@@ -111,8 +111,10 @@ class DoctorSettings(LocalModel):
     """`swarmoe doctor`"""
 
     join: JoinAddresses = ()
-    """Also check the way to this swarm."""
+    """Also check the way to this swarm: who answers, how fast the link is, and how busy it lets the device be."""
     listen: Address = "0.0.0.0:0"
     """The address a peer would listen on; port 0 checks that any port can be bound."""
+    device: Device = "auto"
+    """What the experts would run on; auto takes cuda, then mps, then cpu."""
     state_dir: Folder = STATE_HOME / "peer"
     """The folder whose disk a peer would fill."""

@@ -3,14 +3,17 @@
 Pure: a directory snapshot in, facts out. Refuses to know what changed since the last one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 
 from pydantic import BaseModel, ConfigDict
 
 from experts.uid import ExpertUid
+from peer.chi import bits_per_token, chi_of
 from peer.manifest import RunManifest
 from peer.records import PeerFlag, PeerRecord, PeerState, TrainerRecord
 from peer.snapshot import DirectorySnapshot, Replica
+from peer.transport import PeerId
 
 
 class _Facts(BaseModel):
@@ -31,6 +34,40 @@ class PeerFacts(_Facts):
     """Of its software."""
     device: str
     queued_rows: int
+    up_bits_per_s: float | None
+    """Measured at its start, as the four below; none: not measured."""
+    down_bits_per_s: float | None
+    latency_ms: float | None
+    flops_per_s: float | None
+    """What its device achieves on experts of this run, forward and backward."""
+    device_tokens_per_s: float | None
+    """Through one of them."""
+
+
+class PeerChi(_Facts):
+    """How busy a peer's link lets its device be."""
+
+    peer_id: str
+    needed_bits_per_s: float
+    """W*: what the device could use, each way."""
+    chi: float
+    utilisation: float
+    """min(1, chi)"""
+
+
+class ExpertKindFacts(_Facts):
+    """Experts of one kind and shape, and what links make of them."""
+
+    kind: str
+    dim: int
+    hidden: int
+    bits_per_token: float
+    """On the wire each way: a token's trip through one of them, forward and backward."""
+    peers: tuple[PeerChi, ...]
+    """Those that measured both."""
+    median_needed_bits_per_s: float | None
+    median_chi: float | None
+    median_utilisation: float | None
 
 
 class ExpertFacts(_Facts):
@@ -69,6 +106,8 @@ class SwarmState(_Facts):
     peers: tuple[PeerFacts, ...]
     experts: tuple[ExpertFacts, ...]
     """Every expert the manifest names, served or not, in order."""
+    expert_kinds: tuple[ExpertKindFacts, ...]
+    """Of the run; it has one."""
     trainers: tuple[TrainerFacts, ...]
     uncovered: tuple[str, ...]
     """Experts that nobody serves."""
@@ -84,12 +123,33 @@ def swarm_state(snapshot: DirectorySnapshot, manifest: RunManifest) -> SwarmStat
         at_unix_s=snapshot.taken_at_unix_s,
         peers=tuple(_peer_facts(peer, known=known) for _, peer in sorted(snapshot.peers.items())),
         experts=tuple(_expert_facts(uid, snapshot.replicas(uid)) for uid in uids),
+        expert_kinds=(_kind_facts(snapshot.peers, manifest),),
         trainers=tuple(_trainer_facts(trainer) for _, trainer in sorted(snapshot.trainers.items())),
         uncovered=tuple(str(uid) for uid in snapshot.uncovered(uids)),
     )
 
 
+def _kind_facts(peers: Mapping[PeerId, PeerRecord], manifest: RunManifest) -> ExpertKindFacts:
+    shape = manifest.expert
+    chis = [
+        PeerChi(peer_id=peer_id, needed_bits_per_s=chi.needed_bits_per_s, chi=chi.value, utilisation=chi.utilisation)
+        for peer_id, peer in sorted(peers.items())
+        if (chi := chi_of(peer.rates, manifest.wire, dim=shape.dim)) is not None
+    ]
+    return ExpertKindFacts(
+        kind=shape.kind,
+        dim=shape.dim,
+        hidden=shape.hidden,
+        bits_per_token=bits_per_token(manifest.wire, dim=shape.dim),
+        peers=tuple(chis),
+        median_needed_bits_per_s=median(chi.needed_bits_per_s for chi in chis) if chis else None,
+        median_chi=median(chi.chi for chi in chis) if chis else None,
+        median_utilisation=median(chi.utilisation for chi in chis) if chis else None,
+    )
+
+
 def _peer_facts(peer: PeerRecord, *, known: frozenset[str]) -> PeerFacts:
+    link, speed = peer.rates.link, peer.rates.device
     held = sorted({expert.uid for expert in peer.experts} & known, key=ExpertUid.parse)
     return PeerFacts(
         peer_id=peer.peer_id,
@@ -101,6 +161,11 @@ def _peer_facts(peer: PeerRecord, *, known: frozenset[str]) -> PeerFacts:
         version=peer.software_version,
         device=peer.device,
         queued_rows=peer.queued_rows,
+        up_bits_per_s=link.up_bits_per_s if link is not None else None,
+        down_bits_per_s=link.down_bits_per_s if link is not None else None,
+        latency_ms=link.latency_ms if link is not None else None,
+        flops_per_s=speed.flops_per_s if speed is not None else None,
+        device_tokens_per_s=speed.tokens_per_s if speed is not None else None,
     )
 
 

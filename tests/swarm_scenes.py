@@ -5,7 +5,9 @@ import hashlib
 from collections.abc import Sequence
 
 from experts.settings import ExpertShape
+from peer.chi import needed_bits_per_s
 from peer.manifest import RunManifest
+from peer.rates import MeasuredDevice, MeasuredLink, Rates
 from peer.records import HostedExpert, PeerFlag, PeerRecord, PeerState, Signed, TrainerRecord
 from peer.snapshot import take_snapshot
 from peer.swarm_state import SwarmState, swarm_state
@@ -27,6 +29,7 @@ def peer(
     claimed_at_unix_s: float = 1.0,
     device: str = "cpu",
     queued_rows: int = 0,
+    rates: Rates | None = None,
 ) -> PeerRecord:
     experts = tuple(
         HostedExpert(uid=uid, version=7, claimed_at_unix_s=claimed_at_unix_s, rows_served=5) for uid in uids
@@ -40,8 +43,18 @@ def peer(
         experts=experts,
         device=device,
         queued_rows=queued_rows,
+        rates=rates or Rates(),
         throughput_tokens_per_s=1500.0,
         software_version="0.1.0",
+    )
+
+
+def rates(chi: float, *, manifest: RunManifest = SIX_EXPERTS, tokens_per_s: float = 1e4) -> Rates:
+    """Of a peer whose link carries so much of what its device could use, upwards; ten times as much comes down."""
+    bits_per_s = chi * needed_bits_per_s(tokens_per_s, manifest.wire, dim=manifest.expert.dim)
+    return Rates(
+        link=MeasuredLink(up_bits_per_s=bits_per_s, down_bits_per_s=10 * bits_per_s, latency_ms=23.0),
+        device=MeasuredDevice(tokens_per_s=tokens_per_s, flops_per_s=4e10),
     )
 
 

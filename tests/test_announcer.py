@@ -22,9 +22,11 @@ from peer.records import RECORD_LIFETIME_S
 from peer.transport import Endpoint
 from peer.vacancies import GRACE_S
 from tests.swarm import CPU, tiny_run, uids
+from tests.swarm_scenes import rates
 
 RUN = tiny_run(moe_layers=1, experts_per_layer=4)
 ALL = RUN.uids()
+RATES = rates(0.3, manifest=RUN)
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Scene:
             uids=tuple(pinned or ALL),
             is_pinned=pinned is not None,
             max_experts=max_experts,
+            rates=RATES,
         )
         announcer = Announcer(
             place, host=host, store=store, directory=directory, saved=saved or {}, rng=random.Random(0)
@@ -144,6 +147,7 @@ async def test_the_first_peer_takes_everything_and_says_so(scene: Scene) -> None
     assert anne.announcer.state == "online"
     assert anne.claimed == anne.hosted == ["0.0", "0.1", "0.2", "0.3"]
     assert await scene.seen() == {uid: [anne.identity.peer_id] for uid in anne.claimed}
+    assert scene.observer.snapshot().peers[anne.identity.peer_id].rates == RATES
 
 
 async def test_a_peer_takes_no_more_than_it_has_room_for(scene: Scene) -> None:

@@ -8,12 +8,21 @@ import pytest
 
 from peer.doctor import CHECKS, diagnose
 from peer.machine import Machine, SwarmSeen, look
+from peer.rates import Rates
 from peer.settings import DoctorSettings
+from tests.swarm_scenes import SIX_EXPERTS, rates
 
 GIB = 1 << 30
+
+
+def swarm(measured: Rates) -> SwarmSeen:
+    return SwarmSeen("demo, 16 experts", 12.0, None, speaks_our_version=True, manifest=SIX_EXPERTS, rates=measured)
+
+
 WELL = Machine(
     python=(3, 11, 7),
     torch_version="2.13.0+cpu",
+    device_error=None,
     accelerator=None,
     num_cores=2,
     memory_total_bytes=8 * GIB,
@@ -27,7 +36,7 @@ WELL = Machine(
     listen_error=None,
     dht_daemon=Path("/p2pd"),
     dht_daemon_runs=True,
-    swarm=SwarmSeen("demo, 16 experts", 12.0, None, speaks_our_version=True),
+    swarm=swarm(rates(3.0)),
 )
 
 
@@ -44,6 +53,8 @@ def test_a_machine_in_good_order_needs_no_fix() -> None:
         "ports",
         "dht",
         "swarm",
+        "link",
+        "chi",
     ]
     assert {(check.status, check.fix) for check in checks} == {("ok", "")}
 
@@ -54,6 +65,7 @@ def test_a_machine_in_good_order_needs_no_fix() -> None:
         ("python", "error", {"python": (3, 10, 12)}),
         ("torch", "error", {"torch_version": "2.9.1+cpu"}),
         ("device", "warn", {"torch_version": "2.13.0"}),
+        ("device", "error", {"device_error": "--device cuda: this machine or torch build has none"}),
         ("memory", "warn", {"memory_free_bytes": GIB // 2}),
         ("disk", "error", {"state_dir_writable": False}),
         ("disk", "warn", {"disk_free_bytes": 1 << 20}),
@@ -64,6 +76,7 @@ def test_a_machine_in_good_order_needs_no_fix() -> None:
         ("dht", "error", {"dht_daemon_runs": False}),
         ("swarm", "error", {"swarm": SwarmSeen("", 0.0, "nobody let us in", speaks_our_version=True)}),
         ("swarm", "error", {"swarm": SwarmSeen("", 0.0, "protocol 1, theirs 2", speaks_our_version=False)}),
+        ("chi", "warn", {"swarm": swarm(rates(0.19))}),
     ],
 )
 def test_each_complaint_says_what_to_do(name: str, status: str, change: dict[str, Any]) -> None:
@@ -72,6 +85,28 @@ def test_each_complaint_says_what_to_do(name: str, status: str, change: dict[str
     complaints = [check for check in checks if check.status != "ok"]
     assert [(check.name, check.status) for check in complaints] == [(name, status)]
     assert complaints[0].fix
+
+
+def test_a_narrow_link_is_told_in_numbers_with_what_would_help() -> None:
+    checks = {check.name: check for check in diagnose(replace(WELL, swarm=swarm(rates(0.04))))}
+
+    assert checks["link"].detail.endswith("23 ms there and back")
+    assert "could use 30.9 Mbit/s, and this link has 1.24 Mbit/s (chi 0.04)" in checks["chi"].detail
+    assert "busy 4 % of the time" in checks["chi"].detail
+    assert "hidden width" in checks["chi"].fix
+    assert "transformer blocks" in checks["chi"].fix
+    assert "not built yet" in checks["chi"].fix
+
+
+@pytest.mark.parametrize("missing", ["link", "device"])
+def test_what_could_not_be_measured_is_said_not_to_be(missing: str) -> None:
+    measured = rates(3.0).model_copy(update={missing: None})
+
+    checks = {check.name: check for check in diagnose(replace(WELL, swarm=swarm(measured)))}
+
+    assert checks["link"].status == ("warn" if missing == "link" else "ok")
+    assert checks["chi"].status == "warn"
+    assert "not known" in checks["chi"].detail
 
 
 def test_a_gpu_is_named() -> None:
@@ -88,7 +123,7 @@ def test_the_look_finds_what_runs_these_tests(tmp_path: Path) -> None:
     assert machine.listen_error is None
     assert machine.dht_daemon_runs
     assert machine.swarm is None
-    assert len(diagnose(machine)) == len(CHECKS) - 1  # nothing is said of a swarm that nobody asked about
+    assert len(diagnose(machine)) == len(CHECKS) - 3  # nothing is said of a swarm that nobody asked about
     assert not (tmp_path / "not").exists()
 
 

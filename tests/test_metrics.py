@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from experts.uid import ExpertUid
+from peer.chi import chi_of
 from peer.expert_host import ExpertHost
 from peer.messages import Call, ExpertRows, Mode
 from peer.metrics import peer_registry
+from peer.rates import Rates
 from peer.tensors import Role, encode
 from peer.transport import Method, PeerId
 from peer.wire_codecs import Codec
 from tests.swarm import CPU, DIM, seeded, tiny_run
+from tests.swarm_scenes import rates
 
 RUN = tiny_run()
 X_ND = torch.randn(6, DIM, generator=seeded(0))
@@ -44,7 +47,7 @@ def call_of(number: int, role: Role) -> Call:
 
 
 async def test_kept_bytes_and_backwards_computed_again_are_told(host: ExpertHost) -> None:
-    registry = peer_registry(host)
+    registry = peer_registry(host, Rates(), None)
     told_kept_bytes: list[float | None] = []
 
     for number in (1, 2):
@@ -59,3 +62,22 @@ async def test_kept_bytes_and_backwards_computed_again_are_told(host: ExpertHost
     assert registry.get_sample_value("swarmoe_recomputed_backwards_total") == 1
     assert registry.get_sample_value("swarmoe_rows_served_total", {"uid": "0.0"}) == 12
     assert registry.get_sample_value("swarmoe_expert_steps_total", {"uid": "0.0"}) == 2
+
+
+async def test_what_was_measured_at_the_start_is_told(host: ExpertHost) -> None:
+    measured = rates(0.25, manifest=RUN)
+
+    registry = peer_registry(host, measured, chi_of(measured, RUN.wire, dim=DIM))
+
+    up, down = (registry.get_sample_value("swarmoe_link_bits_per_second", {"direction": way}) for way in ("up", "down"))
+    assert measured.link is not None
+    assert (up, down) == (measured.link.up_bits_per_s, measured.link.down_bits_per_s)
+    assert registry.get_sample_value("swarmoe_link_latency_seconds") == 0.023
+    assert registry.get_sample_value("swarmoe_device_flops_per_second") == 4e10
+    assert registry.get_sample_value("swarmoe_chi") == pytest.approx(0.25)
+
+
+async def test_what_could_not_be_measured_is_not_told(host: ExpertHost) -> None:
+    registry = peer_registry(host, Rates(), None)
+
+    assert not [family.name for family in registry.collect() if "link" in family.name or "chi" in family.name]

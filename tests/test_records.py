@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from experts.uid import ExpertUid
+from peer.rates import Rates
 from peer.records import HostedExpert, PeerRecord, Signed, TrainerRecord
 from peer.snapshot import take_snapshot
 from peer.transport import PeerId
@@ -72,6 +73,28 @@ def test_what_is_no_uid_is_none_in_a_record_either(uid: str) -> None:
 @pytest.mark.parametrize("uid", ["0.0", "3.17", "999999.999999"])
 def test_a_uid_reads_the_same_in_a_record(uid: str) -> None:
     assert str(ExpertUid.parse(hosted(uid=uid).uid)) == uid
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"link": {"up_bits_per_s": 0, "down_bits_per_s": 1, "latency_ms": 1}},
+        {"link": {"up_bits_per_s": 1, "down_bits_per_s": 1, "latency_ms": float("nan")}},
+        {"link": {"up_bits_per_s": 1}},
+        {"device": {"tokens_per_s": float("inf"), "flops_per_s": 1}},
+        {"device": {"tokens_per_s": 1, "flops_per_s": -1}},
+        {"device": "fast"},
+        7,
+    ],
+)
+def test_rates_out_of_bounds_are_no_record(rates: object) -> None:
+    with pytest.raises(ValidationError):
+        peer(rates=rates)
+
+
+def test_a_record_need_not_say_rates() -> None:
+    assert peer().rates == Rates()
 
 
 @pytest.mark.hostile

@@ -1,7 +1,10 @@
 import json
 
+import pytest
+
+from peer.chi import bits_per_token
 from peer.swarm_state import SwarmState
-from tests.swarm_scenes import SIX_EXPERTS, peer, peer_id, scene, trainer
+from tests.swarm_scenes import SIX_EXPERTS, peer, peer_id, rates, scene, trainer
 
 ALL_SIX = ("0.0", "0.1", "0.2", "1.0", "1.1", "1.2")
 
@@ -72,3 +75,30 @@ def test_an_expert_named_twice_by_one_peer_is_one_replica() -> None:
     state = scene(peer("mallory", "0.0", "0.0"))
 
     assert state.experts[0].replicas == (peer_id("mallory"),)
+
+
+def test_each_peers_chi_and_the_swarms_median_are_told() -> None:
+    state = scene(
+        peer("ada", "0.0", rates=rates(0.04)),
+        peer("bob", "0.1", rates=rates(0.5)),
+        peer("cyd", "0.2", rates=rates(3.0)),
+        peer("dan", "1.0"),
+    )
+
+    (kind,) = state.expert_kinds
+    chis = {told.peer_id: (round(told.chi, 6), round(told.utilisation, 6)) for told in kind.peers}
+    assert chis == {peer_id("ada"): (0.04, 0.04), peer_id("bob"): (0.5, 0.5), peer_id("cyd"): (3.0, 1.0)}
+    assert (kind.kind, kind.dim, kind.hidden) == ("swiglu", 128, 16)
+    assert kind.bits_per_token == bits_per_token(SIX_EXPERTS.wire, dim=128)
+    assert {told.needed_bits_per_s for told in kind.peers} == {1e4 * kind.bits_per_token}
+    assert kind.median_chi == pytest.approx(0.5)
+    assert kind.median_utilisation == pytest.approx(0.5)
+
+
+def test_a_peer_that_measured_nothing_says_so() -> None:
+    state = scene(peer("ada", "0.0"))
+
+    (ada,) = state.peers
+    assert (ada.up_bits_per_s, ada.down_bits_per_s, ada.latency_ms, ada.flops_per_s) == (None, None, None, None)
+    assert state.expert_kinds[0].peers == ()
+    assert state.expert_kinds[0].median_chi is None
