@@ -5,7 +5,8 @@ the tensors are decoded, on the compute thread.
 """
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import NoReturn, cast
 
 from peer.errors import MalformedMessage
@@ -15,6 +16,9 @@ from peer.tensors import Role, TensorSpec, TensorTooLarge, check_header, header_
 from peer.transport import CallRefused, Frame, Method, Refusal
 from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
+
+Admit = Callable[[Call, int], Awaitable[None]]
+"""Hears of a call, still without tensors, and how many bytes of these are to come. May wait; may raise CallRefused."""
 
 
 async def write_call(call: Call) -> AsyncIterator[Frame]:
@@ -29,6 +33,7 @@ async def write_call(call: Call) -> AsyncIterator[Frame]:
             reply_codec=cast("pb.Codec", call.reply_codec),
             timeout_ms=max(1, round(call.timeout_s * 1000)),
             loss_tokens=call.loss_tokens,
+            score=call.score,
             tensors=[header_of(tensor.spec) for tensor in call.tensors.values()],
         )
     ).SerializeToString()
@@ -41,12 +46,12 @@ async def read_call(
     limits: CallLimits,
     method: Method,
     *,
-    admit: Callable[[int], None] | None = None,
+    admit: Admit | None = None,
 ) -> Call:
     """The whole call, or CallRefused with a sentence at the first frame that cannot be part of one.
 
-    `admit` hears how many tensor bytes are to come before it takes the first, and may raise CallRefused.
-    Ends when the stream ends; how long that may take is the transport's to enforce.
+    No tensor is read before `admit` returns. Ends when the stream ends; how long that may take is the transport's to
+    enforce.
     """
     try:
         return await _read_call(frames, limits, method, admit)
@@ -56,9 +61,7 @@ async def read_call(
         raise CallRefused(Refusal.INVALID, str(error)) from None
 
 
-async def _read_call(
-    frames: AsyncIterator[Frame], limits: CallLimits, method: Method, admit: Callable[[int], None] | None
-) -> Call:
+async def _read_call(frames: AsyncIterator[Frame], limits: CallLimits, method: Method, admit: Admit | None) -> Call:
     first = await anext(frames, None)
     message = None if first is None else parse_frame(first, pb.CallFrame)
     if not isinstance(message, pb.CallFrame) or not message.HasField("header"):
@@ -66,15 +69,7 @@ async def _read_call(
     header = message.header
     _check_header(header, limits, method)
     specs = _check_tensors(header, limits, method)
-    if admit is not None:
-        admit(sum(spec.size_bytes for spec in specs.values()))
-    assembler = TensorAssembler(list(specs.values()))
-    async for frame in frames:
-        chunk = parse_frame(frame, pb.CallFrame)
-        if not isinstance(chunk, memoryview):
-            _malformed("after its header a call has chunks only")
-        assembler.feed(chunk)
-    return Call(
+    call = Call(
         call_id=header.call_id,
         run_id=limits.run_id,
         mode=Mode(header.mode),
@@ -82,9 +77,19 @@ async def _read_call(
         experts=tuple(ExpertRows(e.index, e.num_rows, e.version) for e in header.experts),
         reply_codec=Codec(header.reply_codec),
         timeout_s=header.timeout_ms / 1000,
-        tensors=dict(zip(specs, assembler.tensors(), strict=True)),
+        tensors={},
         loss_tokens=header.loss_tokens if method is Method.BACKWARD else 0.0,
+        score=header.score,
     )
+    if admit is not None:
+        await admit(call, sum(spec.size_bytes for spec in specs.values()))
+    assembler = TensorAssembler(list(specs.values()))
+    async for frame in frames:
+        chunk = parse_frame(frame, pb.CallFrame)
+        if not isinstance(chunk, memoryview):
+            _malformed("after its header a call has chunks only")
+        assembler.feed(chunk)
+    return replace(call, tensors=dict(zip(specs, assembler.tensors(), strict=True)))
 
 
 def _check_header(header: pb.CallHeader, limits: CallLimits, method: Method) -> None:
@@ -100,6 +105,8 @@ def _check_header(header: pb.CallHeader, limits: CallLimits, method: Method) -> 
         _malformed("timeout_ms is 0: the call was over before it was sent")
     if header.reply_codec not in limits.codecs:
         _malformed(f"reply_codec {header.reply_codec} is not one this run allows")
+    if not math.isfinite(header.score):
+        _malformed(f"score must be finite, not {header.score}")
     if method is Method.BACKWARD:
         if header.mode != Mode.TRAIN:
             _malformed("an eval call has no backward")

@@ -1,44 +1,38 @@
-"""What the compute thread does with a call: decode, run experts, step, encode. Knows torch; knows no network.
+"""What the compute thread does with calls: decode, run experts, step, encode. Knows torch; knows no network.
+
+Calls that came together run as one pass, without a graph: their backwards compute the outputs again. A call that runs
+alone keeps its graph for as long as its experts do not change. Experts step when no further backward follows at once.
 
 Everything here runs on the one compute thread of the device, so nothing here is locked. Time is an argument.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from experts.bank import ExpertBank, Pass
 from experts.uid import ExpertUid
+from peer.answer_groups import AnswerGroups
 from peer.applied import AppliedBackwards
+from peer.compute_thread import Part
 from peer.errors import MalformedMessage
-from peer.kept_inputs import CallKey, KeptInputs
-from peer.messages import Call, ExpertOutcome, GroupReply, Outcome
-from peer.pair_rows import PairRows, pairs_of
-from peer.tensors import Role, WireTensor, all_finite, decode, decode_row_index, encode
-from peer.transport import CallRefused, Method, PeerId, Refusal
+from peer.fitting_passes import DoesNotFit, FittingPasses
+from peer.kept_inputs import CallKey, KeptInputs, KeptInputsCounts
+from peer.messages import ExpertOutcome, GroupReply, Outcome
+from peer.pair_rows import Merged, PairRows, pairs_of
+from peer.requests import Request
+from peer.tensors import Role, WireTensor, all_finite, decode, decode_lengths, decode_row_index, encode
+from peer.transport import CallRefused, Method, Refusal
 
 REPLY_LIFETIME_S = 30.0
 """At least this long a repeated backward gets the same answer."""
 
-
-@dataclass(frozen=True)
-class Request:
-    """One call, and who sent it."""
-
-    method: Method
-    caller: PeerId
-    call: Call
-
-    @property
-    def key(self) -> CallKey:
-        return self.caller, self.call.call_id
-
-    @property
-    def uids(self) -> tuple[ExpertUid, ...]:
-        """The experts it names, hosted or not."""
-        return _uids(self.call)
+Numbered = Sequence[tuple[int, Request]]
+"""Requests and their positions in the batch."""
+Parts = Iterator[Part[GroupReply]]
 
 
 @dataclass(frozen=True)
@@ -53,24 +47,64 @@ class Memory:
 @dataclass(frozen=True)
 class _KeptCall:
     rows: PairRows
-    run: Pass
-    """Outputs' versions and, while these stand, the autograd graph."""
+    run: Pass | None
+    """With the autograd graph; None when outputs must be computed again."""
+    sent_bytes: int
+    """What its caller would have to send once more."""
+
+
+@dataclass(frozen=True)
+class _Forward:
+    position: int
+    request: Request
+    rows: PairRows
+    """Of the experts that are here."""
+
+
+@dataclass
+class _Backward:
+    position: int
+    request: Request
+    outcomes: dict[ExpertUid, Outcome]
+    rows: PairRows
+    """Of the experts that take it."""
+    grad_ND: Tensor
+    run: Pass | None
+    grad_x_ND: Tensor | None = None
+    refused: CallRefused | None = None
+
+    def failed(self, uids: set[ExpertUid]) -> None:
+        """These experts' own gradients were not finite."""
+        self.outcomes |= dict.fromkeys(uids & set(self.rows.uids), Outcome.NON_FINITE)
+
+
+@dataclass
+class _Turn:
+    """Backwards since the experts' last step."""
+
+    gathered: set[ExpertUid] = field(default_factory=set[ExpertUid])
+    non_finite: set[ExpertUid] = field(default_factory=set[ExpertUid])
+    """Experts that threw a gradient away: whose it was has been told."""
 
 
 class ExpertCompute:
     """The experts of one device and what is remembered between their calls."""
 
-    def __init__(self, bank: ExpertBank, *, device: torch.device, max_staleness: int, memory: Memory) -> None:
+    def __init__(
+        self, bank: ExpertBank, *, device: torch.device, max_staleness: int, longest_sequence: int, memory: Memory
+    ) -> None:
         self.bank = bank
         self.rows_served: Counter[ExpertUid] = Counter()
-        self.recomputed = 0
-        """Backwards whose graph was gone because one of their experts had stepped since."""
+        self.kept_counts = KeptInputsCounts()
         self._device = device
         self._max_staleness = max_staleness
+        self._longest_sequence = longest_sequence
+        self._passes = FittingPasses(bank, device=device)
         self._kept: KeptInputs[_KeptCall] = KeptInputs(max_bytes=memory.kept_bytes, lifetime_s=memory.kept_lifetime_s)
         self._applied: AppliedBackwards[GroupReply] = AppliedBackwards(
             max_reply_bytes=memory.reply_bytes, lifetime_s=max(REPLY_LIFETIME_S, memory.kept_lifetime_s)
         )
+        self._turn = _Turn()
 
     @property
     def kept_bytes(self) -> int:
@@ -81,122 +115,259 @@ class ExpertCompute:
         """Let go of inputs whose backward will not come. Training calls do so too."""
         self._kept.expire(now_s=now_s)
 
-    def answer(self, request: Request, *, now_s: float) -> GroupReply:
-        """Run one call. Raises CallRefused when its tensors are not what a correct caller sends."""
+    def answer(
+        self, requests: Sequence[Request], *, now_s: float, more_backwards: Callable[[], bool] = lambda: False
+    ) -> Parts:
+        """Run calls of one method together; the parts of their answers come as they are computed.
+
+        A call whose tensors are not what a correct caller sends is refused, and takes no other with it. While
+        `more_backwards` says that others follow, backwards are answered before their experts have stepped.
+        """
+        numbered = list(enumerate(requests))
+        if requests[0].method is Method.FORWARD:
+            self.step()
+            yield from self._forwards(numbered, now_s)
+        else:
+            yield from self._backwards(numbered, now_s, more_backwards)
+
+    def step(self) -> frozenset[ExpertUid]:
+        """Have the experts step that have gathered enough; gives those that could not use what they had gathered."""
+        turn, self._turn = self._turn, _Turn()
+        steps = self.bank.step([uid for uid in turn.gathered if uid in self.bank])
+        return steps.non_finite - turn.non_finite
+
+    # ---- forward
+
+    def _forwards(self, numbered: Numbered, now_s: float) -> Parts:
+        forwards: list[_Forward] = []
+        for position, request in numbered:
+            try:
+                rows = self._rows(request).only({uid for uid in request.uids if uid in self.bank})
+            except MalformedMessage as error:
+                yield Part(position, _invalid(error))
+            else:
+                forwards.append(_Forward(position, request, rows))
+        together = [forward for forward in forwards if forward.rows.uids]
+        outs = self._outputs_together([forward.rows for forward in together], now_s) if len(together) > 1 else None
+        if outs is None:
+            together = []
+        for forward in forwards:
+            if forward not in together:
+                yield from self._forward_alone(forward, now_s)
+        for forward, out_ND in zip(together, outs or (), strict=True):
+            groups = self._groups(forward)
+            groups.add(forward.rows.uids, forward.rows.counts, out_ND)
+            self._keep(forward, forward.rows, None, now_s)
+            yield Part(forward.position, groups.take())
+
+    def _outputs_together(self, calls: Sequence[PairRows], now_s: float) -> list[Tensor] | None:
+        """Each call's outputs; None when they must be computed call by call, so that none spoils another's."""
+        merged = Merged.of(calls)
         try:
-            if request.method is Method.FORWARD:
-                return self._forward(request.key, request.call, now_s)
-            return self._backward(request.key, request.call, now_s)
-        except MalformedMessage as error:
-            raise CallRefused(Refusal.INVALID, str(error)) from None
+            out_ND = self._passes.outputs(merged.rows, now_s=now_s)
+        except DoesNotFit:
+            return None
+        return list(merged.split(out_ND)) if all_finite(out_ND) else None
 
-    def _forward(self, key: CallKey, call: Call, now_s: float) -> GroupReply:
-        hosted = self._rows(call).only({uid for uid in _uids(call) if uid in self.bank})
-        rows, run = self._run_finite(hosted, keep_graph=call.is_training)
-        outcomes = (
-            dict.fromkeys(_uids(call), Outcome.UNKNOWN_EXPERT)
-            | dict.fromkeys(hosted.uids, Outcome.NON_FINITE)
-            | dict.fromkeys(rows.uids, Outcome.OK)
-        )
-        if run is None:
-            return self._reply(call, outcomes, None)
-        if call.is_training:
-            size_bytes = rows.x_ND.nbytes + run.out_ND.nbytes + run.graph_bytes
-            self._kept.keep(key, _KeptCall(rows, run), size_bytes=size_bytes, now_s=now_s)
-            self.rows_served.update(dict(zip(rows.uids, rows.counts, strict=True)))
-        return self._reply(call, outcomes, encode(run.out_ND, Role.OUTPUTS, call.reply_codec))
+    def _forward_alone(self, forward: _Forward, now_s: float) -> Parts:
+        rows, groups = forward.rows, self._groups(forward)
+        run: Pass | None = None
+        counts = dict(zip(rows.uids, rows.counts, strict=True))
+        try:
+            for computed in self._passes.forward(rows, keep_graph=forward.request.call.is_training, now_s=now_s):
+                run = computed.run
+                groups.add(computed.uids, [counts[uid] for uid in computed.uids], computed.out_ND)
+                if groups.is_worthwhile():
+                    yield Part(forward.position, groups.take(), is_last=False)
+        except DoesNotFit as error:
+            if not groups.finite:
+                yield Part(forward.position, CallRefused(Refusal.OVERLOADED, str(error)))
+                return
+            groups.give_up()
+        finite = rows.only(groups.finite)
+        self._keep(forward, finite, run if finite is rows else None, now_s)
+        yield Part(forward.position, groups.take())
 
-    def _run_finite(self, rows: PairRows, *, keep_graph: bool) -> tuple[PairRows, Pass | None]:
-        """Outputs of the experts whose outputs are finite; one that is not takes no other with it."""
-        while rows.uids:
-            run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=keep_graph)
-            finite = _finite_experts(run)
-            if len(finite) == len(rows.uids):
-                return rows, run
-            rows = rows.only(finite)
-        return rows, None
+    def _groups(self, forward: _Forward) -> AnswerGroups:
+        versions = {uid: self.bank.version(uid) for uid in forward.rows.uids}
+        return AnswerGroups(forward.request.call, versions, forward.rows.uids)
 
-    def _backward(self, key: CallKey, call: Call, now_s: float) -> GroupReply:
-        if self._applied.was_applied(key):
-            again = self._applied.reply(key, now_s=now_s)
-            return again or self._reply(call, dict.fromkeys(_uids(call), Outcome.ALREADY_APPLIED), None)
-        kept = self._kept.take(key, now_s=now_s)
+    def _keep(self, forward: _Forward, rows: PairRows, run: Pass | None, now_s: float) -> None:
+        call = forward.request.call
+        if not call.is_training or not rows.uids:
+            return
+        graph_bytes = run.out_ND.nbytes + run.graph_bytes if run is not None else 0
+        kept = _KeptCall(rows, run, call.size_bytes)
+        self._kept.keep(forward.request.key, kept, size_bytes=rows.x_ND.nbytes + graph_bytes, now_s=now_s)
+        self.rows_served.update(dict(zip(rows.uids, rows.counts, strict=True)))
+
+    # ---- backward
+
+    def _backwards(self, numbered: Numbered, now_s: float, more_backwards: Callable[[], bool]) -> Parts:
+        backwards: list[_Backward] = []
+        repeats: list[tuple[int, Request]] = []
+        keys: set[CallKey] = set()
+        for position, request in numbered:
+            if request.key in keys:
+                repeats.append((position, request))
+                continue
+            keys.add(request.key)
+            try:
+                opened = self._open(position, request, now_s)
+            except MalformedMessage as error:
+                yield Part(position, _invalid(error))
+            except CallRefused as refusal:
+                yield Part(position, refusal)
+            else:
+                if isinstance(opened, _Backward):
+                    backwards.append(opened)
+                else:
+                    yield Part(position, opened)
+        self._learn([backward for backward in backwards if backward.rows.uids], now_s)
+        if not more_backwards():
+            failed = set(self.step())
+            for backward in backwards:
+                backward.failed(failed)
+        for backward in backwards:
+            yield Part(backward.position, self._backward_answer(backward, now_s))
+        if repeats:  # of calls in this very batch: by now these have their answers
+            yield from self._backwards(repeats, now_s, more_backwards)
+
+    def _open(self, position: int, request: Request, now_s: float) -> _Backward | GroupReply:
+        """A backward that is to be applied, or the answer to one that is not."""
+        call = request.call
+        if self._applied.was_applied(request.key):
+            again = self._applied.reply(request.key, now_s=now_s)
+            return again or self._all(request, Outcome.ALREADY_APPLIED)
+        kept = self._kept.take(request.key, now_s=now_s)
         if kept is None and Role.ROWS not in call.tensors:
-            return self._reply(call, dict.fromkeys(_uids(call), Outcome.MISSING_INPUTS), None)
-        reply = self._apply(call, kept)
-        size_bytes = reply.tensor.size_bytes if reply.tensor is not None else 0
-        self._applied.record(key, reply, size_bytes=size_bytes, now_s=now_s)
-        return reply
-
-    def _apply(self, call: Call, kept: _KeptCall | None) -> GroupReply:
+            self.kept_counts.missed += 1
+            return self._all(request, Outcome.MISSING_INPUTS)
         grad_ND = self._decode_finite(call.tensors[Role.GRADIENTS])
-        rows = self._rows_of_backward(call, kept)
+        if kept is None:
+            rows = self._rows(request)
+        else:
+            rows = kept.rows
+            _check_same_pairs(request, rows)
+            if Role.ROWS not in call.tensors:
+                self.kept_counts.used += 1
+                self.kept_counts.uplink_bytes_saved += kept.sent_bytes
         outcomes = {
-            uid: self._admit(uid, expert.version) for uid, expert in zip(_uids(call), call.experts, strict=True)
+            uid: self._admit(uid, expert.version) for uid, expert in zip(request.uids, call.experts, strict=True)
         }
         admitted = [uid for uid, outcome in outcomes.items() if outcome is Outcome.OK]
-        if not admitted:
-            return self._reply(call, outcomes, None)
         if len(admitted) < len(outcomes):
-            grad_ND = grad_ND[pairs_of(_uids(call), [expert.num_rows for expert in call.experts], admitted)]
-        rows = rows.only(admitted)
-        if kept is not None and kept.rows is rows:
-            run = kept.run
-            self.recomputed += not self.bank.is_current(run)
-        else:
-            run = self.bank.forward(rows.x_ND, rows.uids, rows.counts, keep_graph=True)
-            self.recomputed += 1
-        grad_x_UD = rows.sum_by_row(self.bank.backward(run, grad_ND, loss_tokens=call.loss_tokens))
-        outcomes |= dict.fromkeys(self.bank.step(admitted).non_finite, Outcome.NON_FINITE)
-        reply = encode(grad_x_UD, Role.ROW_GRADIENTS, call.reply_codec, dither_seed=call.call_id)
-        return self._reply(call, outcomes, reply)
+            grad_ND = grad_ND[pairs_of(request.uids, request.counts, admitted).to(grad_ND.device)]
+        taken = rows.only(admitted)
+        run = kept.run if kept is not None and taken is kept.rows else None
+        return _Backward(position, request, outcomes, taken, grad_ND, run)
 
-    def _rows_of_backward(self, call: Call, kept: _KeptCall | None) -> PairRows:
-        if kept is None:
-            return self._rows(call)
-        _check_same_pairs(call, kept.rows)
-        return kept.rows
+    def _learn(self, backwards: Sequence[_Backward], now_s: float) -> None:
+        """Have the experts gather the gradients of these calls, and write down what came of it."""
+        if not backwards:
+            return
+        merged = Merged.of([backward.rows for backward in backwards])
+        loss_tokens: Counter[ExpertUid] = Counter()
+        for backward in backwards:
+            loss_tokens.update(dict.fromkeys(backward.rows.uids, backward.request.call.loss_tokens))
+        grad_ND = merged.merge([backward.grad_ND for backward in backwards])
+        run = backwards[0].run if len(backwards) == 1 else None
+        try:
+            grad_x_ND, non_finite = self._gather(merged.rows, grad_ND, loss_tokens, run, now_s)
+        except DoesNotFit as error:
+            self._does_not_fit(backwards, error)
+            return
+        for backward, part_ND in zip(backwards, merged.split(grad_x_ND), strict=True):
+            backward.grad_x_ND = part_ND
+            if len(backwards) == 1:
+                backward.failed(non_finite)
+            elif spoilt := non_finite & set(backward.rows.uids):
+                self._learn_alone(backward, spoilt, part_ND, now_s)
 
-    def _rows(self, call: Call) -> PairRows:
+    def _learn_alone(self, backward: _Backward, spoilt: set[ExpertUid], grad_x_ND: Tensor, now_s: float) -> None:
+        """Once more for experts that threw away what several calls taught them: one's fault is not the others'."""
+        spans = backward.rows.spans()
+        for uid in spoilt:
+            loss_tokens = {uid: backward.request.call.loss_tokens}
+            try:
+                grad_x_ND[spans[uid]], non_finite = self._gather(
+                    backward.rows.only({uid}), backward.grad_ND[spans[uid]], loss_tokens, None, now_s
+                )
+            except DoesNotFit:
+                non_finite = {uid}
+            backward.failed(non_finite)
+
+    def _gather(
+        self, rows: PairRows, grad_ND: Tensor, loss_tokens: Mapping[ExpertUid, float], run: Pass | None, now_s: float
+    ) -> tuple[Tensor, set[ExpertUid]]:
+        gathered = self._passes.backward(rows, grad_ND, loss_tokens, run, now_s=now_s)
+        self._turn.gathered.update(rows.uids)
+        self._turn.non_finite |= gathered.non_finite
+        self.kept_counts.went_back(rows.num_pairs, used_graph=gathered.used_graph)
+        return gathered.grad_x_ND, gathered.non_finite
+
+    def _does_not_fit(self, backwards: Sequence[_Backward], error: DoesNotFit) -> None:
+        for backward in backwards:
+            if error.has_begun:  # some of it has been learnt, and must not be learnt again
+                self._turn.gathered.update(backward.rows.uids)
+                backward.outcomes |= dict.fromkeys(backward.rows.uids, Outcome.ALREADY_APPLIED)
+            else:
+                backward.refused = CallRefused(Refusal.OVERLOADED, str(error))
+
+    def _backward_answer(self, backward: _Backward, now_s: float) -> GroupReply | CallRefused:
+        if backward.refused is not None:
+            return backward.refused
+        call = backward.request.call
+        tensor: WireTensor | None = None
+        if backward.grad_x_ND is not None and Outcome.OK in backward.outcomes.values():
+            grad_x_UD = backward.rows.sum_by_row(backward.grad_x_ND)
+            tensor = encode(grad_x_UD, Role.ROW_GRADIENTS, call.reply_codec, dither_seed=call.call_id)
+        reply = self._reply(backward.request, backward.outcomes, tensor)
+        size_bytes = tensor.size_bytes if tensor is not None else 0
+        self._applied.record(backward.request.key, reply, size_bytes=size_bytes, now_s=now_s)
+        return reply
+
+    # ---- both
+
+    def _rows(self, request: Request) -> PairRows:
         """Decode a call's rows and spread them to its pairs. One copy where rows are shared, none otherwise."""
+        call = request.call
         x_UD = self._decode_finite(call.tensors[Role.ROWS])
-        counts = tuple(expert.num_rows for expert in call.experts)
+        lengths = None
+        if Role.LENGTHS in call.tensors:
+            longest = self._longest_sequence
+            lengths = decode_lengths(call.tensors[Role.LENGTHS], counts=request.counts, longest=longest)
+        num_distinct = x_UD.shape[0]
         if Role.ROW_INDEX not in call.tensors:
-            return PairRows(_uids(call), counts, x_UD.shape[0], x_UD, None)
-        row_index_N = decode_row_index(call.tensors[Role.ROW_INDEX], num_rows=x_UD.shape[0]).to(self._device)
-        return PairRows(_uids(call), counts, x_UD.shape[0], x_UD[row_index_N], row_index_N)
+            return PairRows(request.uids, request.counts, num_distinct, x_UD, None, lengths)
+        row_index_N = decode_row_index(call.tensors[Role.ROW_INDEX], num_rows=num_distinct).to(self._device)
+        return PairRows(request.uids, request.counts, num_distinct, x_UD[row_index_N], row_index_N, lengths)
 
     def _decode_finite(self, sent: WireTensor) -> Tensor:
-        tensor = decode(sent)
+        tensor = decode(sent, device=self._device)
         if not all_finite(tensor):
             raise MalformedMessage(f"{sent.spec.role.name} holds NaN or infinity")
-        return tensor.to(self._device)
+        return tensor
 
     def _admit(self, uid: ExpertUid, version_seen: int) -> Outcome:
         if uid not in self.bank:
             return Outcome.UNKNOWN_EXPERT
         return Outcome.STALE if self.bank.version(uid) - version_seen > self._max_staleness else Outcome.OK
 
-    def _reply(self, call: Call, outcomes: dict[ExpertUid, Outcome], tensor: WireTensor | None) -> GroupReply:
-        if Outcome.OK not in outcomes.values():
-            tensor = None  # every expert of the call threw its gradient away
+    def _all(self, request: Request, outcome: Outcome) -> GroupReply:
+        return self._reply(request, dict.fromkeys(request.uids, outcome), None)
+
+    def _reply(self, request: Request, outcomes: Mapping[ExpertUid, Outcome], tensor: WireTensor | None) -> GroupReply:
         versions = {uid: self.bank.version(uid) if uid in self.bank else 0 for uid in outcomes}
-        return GroupReply(tuple(ExpertOutcome(uid.index, outcomes[uid], versions[uid]) for uid in _uids(call)), tensor)
+        return GroupReply(tuple(ExpertOutcome(uid.index, outcomes[uid], versions[uid]) for uid in request.uids), tensor)
 
 
-def _uids(call: Call) -> tuple[ExpertUid, ...]:
-    return tuple(ExpertUid(call.layer, expert.index) for expert in call.experts)
+def _invalid(error: MalformedMessage) -> CallRefused:
+    return CallRefused(Refusal.INVALID, str(error))
 
 
-def _finite_experts(run: Pass) -> list[ExpertUid]:
-    if all_finite(run.out_ND):
-        return list(run.uids)
-    outputs = run.out_ND.split(list(run.counts))
-    return [uid for uid, out_ND in zip(run.uids, outputs, strict=True) if all_finite(out_ND)]
-
-
-def _check_same_pairs(call: Call, rows: PairRows) -> None:
+def _check_same_pairs(request: Request, rows: PairRows) -> None:
     """A backward names experts of its forward, in its order, with as many pairs each."""
-    named = [(uid, expert.num_rows) for uid, expert in zip(_uids(call), call.experts, strict=True)]
+    named = list(zip(request.uids, request.counts, strict=True))
     if named != [pair for pair in zip(rows.uids, rows.counts, strict=True) if pair in named]:
         raise CallRefused(Refusal.INVALID, "the backward names experts, rows or an order that its forward did not have")

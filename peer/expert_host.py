@@ -6,9 +6,10 @@ Knows neither the DHT nor gRPC. Belongs to the event loop; its compute thread do
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import structlog
 import torch
@@ -16,12 +17,15 @@ import torch
 from experts.bank import ExpertBank, ExpertState
 from experts.snapshots import SnapshotFolder
 from experts.uid import ExpertUid
-from peer.compute_thread import ComputeThread
+from peer.call_queue import CallQueue, Declined
+from peer.compute_thread import ComputeThread, Part
 from peer.device import compute_dtype, free_memory_bytes
-from peer.expert_compute import ExpertCompute, Memory, Request
+from peer.expert_compute import ExpertCompute, Memory
+from peer.kept_inputs import KeptInputsCounts
 from peer.manifest import RunManifest
-from peer.messages import Call, GroupReply
-from peer.transport import CallRefused, Method, PeerId
+from peer.messages import MAX_CALL_BYTES, Call, GroupReply
+from peer.requests import Request
+from peer.transport import CallRefused, Method, PeerId, Refusal
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +33,10 @@ T = TypeVar("T")
 
 _KEPT_SHARE = 0.25
 """Of the memory that is free at start, for kept inputs; a sixteenth of it for kept replies."""
-_MAX_BATCH_TOKENS = 1 << 16
+_QUEUE_SHARE = 0.0625
+"""Of the free main memory, for the tensors of calls that wait."""
+MAX_QUEUED_ROWS = 1 << 20
+"""However fast the device: nobody waits for more than these."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,6 @@ class ExpertStatus:
     uid: ExpertUid
     version: int
     rows_served: int
-
-
-@dataclass(frozen=True)
-class _Control:
-    """Something else that must happen on the compute thread."""
-
-    action: Callable[[], object]
 
 
 class ExpertHost:
@@ -69,15 +69,16 @@ class ExpertHost:
             bank,
             device=device,
             max_staleness=manifest.wire.max_staleness,
+            longest_sequence=manifest.model.context,
             memory=Memory(
                 kept_bytes=int(free_bytes * _KEPT_SHARE),
                 kept_lifetime_s=2 * manifest.wire.step_timeout_s,
                 reply_bytes=int(free_bytes * _KEPT_SHARE / 16),
             ),
         )
-        self._thread: ComputeThread[Request | _Control, object] = ComputeThread(
-            self._run_batch, max_tokens=_MAX_BATCH_TOKENS
-        )
+        queue_bytes = int(free_memory_bytes(torch.device("cpu")) * _QUEUE_SHARE)
+        queue = CallQueue[Request](max_rows=MAX_QUEUED_ROWS, max_bytes=max(MAX_CALL_BYTES, queue_bytes))
+        self._thread = ComputeThread[Request, GroupReply](self._run_batch, queue)
         self._statuses: dict[ExpertUid, ExpertStatus] = {}
         """A new one when experts come or go; else its values alone change, so that others may read it meanwhile."""
         self._saving = threading.Lock()
@@ -94,7 +95,7 @@ class ExpertHost:
 
     @property
     def queued_rows(self) -> int:
-        return self._thread.queued_tokens
+        return self._thread.queued_rows
 
     @property
     def statuses(self) -> tuple[ExpertStatus, ...]:
@@ -108,8 +109,13 @@ class ExpertHost:
 
     @property
     def recomputed_backwards(self) -> int:
-        """Backwards whose outputs had to be computed again; readable from any thread."""
-        return self._compute.recomputed
+        """Backward passes whose outputs had to be computed again; readable from any thread."""
+        return self._compute.kept_counts.passes_recomputed
+
+    @property
+    def kept_inputs(self) -> KeptInputsCounts:
+        """What keeping inputs was good for; readable from any thread."""
+        return replace(self._compute.kept_counts)
 
     def take_throughput(self) -> float:
         """Rows per second answered since this was last asked."""
@@ -118,11 +124,25 @@ class ExpertHost:
         self._rows_seen, self._seen_at_s = rows_done, now_s
         return rows_per_s
 
-    async def answer(self, method: Method, caller: PeerId, call: Call) -> GroupReply:
-        """Run one call. Raises CallRefused; a cancelled caller does not stop work that has begun."""
-        reply = await self._thread.submit(Request(method, caller, call), num_tokens=call.num_pairs)
-        assert isinstance(reply, GroupReply)
-        return reply
+    def check(self, method: Method, caller: PeerId, call: Call) -> None:
+        """Would this call be let in now? It needs no tensors for that. Raises CallRefused, ComputeThreadStopped."""
+        try:
+            self._thread.check(Request(method, caller, call).waiting(now_s=time.monotonic()))
+        except Declined as declined:
+            raise CallRefused(Refusal.OVERLOADED, str(declined)) from None
+
+    async def answer(self, method: Method, caller: PeerId, call: Call) -> AsyncGenerator[GroupReply]:
+        """Run one call and give its answer group by group; `call.timeout_s` is what is left of its time.
+
+        Raises CallRefused, ComputeThreadStopped. A caller that gives up does not stop work that has begun.
+        """
+        request = Request(method, caller, call)
+        try:
+            async with aclosing(self._thread.submit(request.waiting(now_s=time.monotonic()))) as groups:
+                async for group in groups:
+                    yield group
+        except Declined as declined:
+            raise CallRefused(Refusal.OVERLOADED, str(declined)) from None
 
     async def host(self, uids: Sequence[ExpertUid], saved: Mapping[ExpertUid, ExpertState]) -> None:
         """Take experts in: from their saved state where there is one, else fresh from the run's seed."""
@@ -172,27 +192,24 @@ class ExpertHost:
             folder.save(states, self._manifest.run_id)
 
     async def _control(self, action: Callable[[], T]) -> T:
-        return cast("T", await self._thread.submit(_Control(action), num_tokens=0))
+        """Something on the compute thread that may change which experts are here."""
 
-    def _run_batch(self, works: Sequence[Request | _Control]) -> Iterator[object | Exception]:
-        for work in works:
-            result = self._run(work)
-            if isinstance(work, Request):
-                self._rows_done += work.call.num_pairs
-                self._statuses.update({uid: self._status(uid) for uid in work.uids if uid in self._statuses})
-            else:
+        def between_calls() -> T:
+            self._compute.step()
+            try:
+                return action()
+            finally:
                 self._statuses = {uid: self._status(uid) for uid in self._compute.bank.uids}
-            yield result
+
+        return await self._thread.run(between_calls)
+
+    def _run_batch(self, requests: Sequence[Request], more_backwards: Callable[[], bool]) -> Iterator[Part[GroupReply]]:
+        uids = {uid for request in requests for uid in request.uids if uid in self._statuses}
+        for part in self._compute.answer(requests, now_s=time.monotonic(), more_backwards=more_backwards):
+            if part.is_last:
+                self._rows_done += requests[part.position].call.num_pairs
+                self._statuses.update({uid: self._status(uid) for uid in uids})
+            yield part
 
     def _status(self, uid: ExpertUid) -> ExpertStatus:
         return ExpertStatus(uid, self._compute.bank.version(uid), self._compute.rows_served[uid])
-
-    def _run(self, work: Request | _Control) -> object | Exception:
-        try:
-            if isinstance(work, _Control):
-                return work.action()
-            return self._compute.answer(work, now_s=time.monotonic())
-        except CallRefused as refusal:
-            return refusal
-        except Exception as error:  # the top of the compute thread for one call: others of its batch have taken steps
-            return error  # raised, and logged, where it is awaited

@@ -22,6 +22,31 @@ class _Kept(Generic[T]):
     expires_s: float
 
 
+@dataclass
+class KeptInputsCounts:
+    """What keeping was good for. Numbers only grow; written by the compute thread, readable from any."""
+
+    used: int = 0
+    """Backwards that sent gradients only, and found their inputs kept."""
+    missed: int = 0
+    """Backwards that sent gradients only, and had to send the inputs after all."""
+    uplink_bytes_saved: int = 0
+    """What the used ones did not send twice."""
+    rows_from_graph: int = 0
+    """Went back through the graph that their forward had built."""
+    rows_recomputed: int = 0
+    """Had their outputs computed again: their experts had stepped, or they ran together with others."""
+    passes_recomputed: int = 0
+
+    def went_back(self, num_rows: int, *, used_graph: bool) -> None:
+        """A backward pass of so many rows is over."""
+        if used_graph:
+            self.rows_from_graph += num_rows
+        else:
+            self.rows_recomputed += num_rows
+            self.passes_recomputed += 1
+
+
 class KeptInputs(Generic[T]):
     """The newest calls that fit; the oldest make room."""
 

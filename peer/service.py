@@ -2,18 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import replace
 
+from peer.call_room import CallRoom, RoomTaken
 from peer.call_stream import read_call
 from peer.compute_thread import ComputeThreadStopped
 from peer.expert_host import ExpertHost
-from peer.messages import CallLimits
+from peer.messages import Call, CallLimits
 from peer.probing import ProbeAnswerer
-from peer.reply_stream import write_reply
+from peer.reply_stream import END, write_group
 from peer.transport import CallContext, CallRefused, Frame, Method, Refusal
+from peer.wire_codecs import DType, size_bytes
 from protos.swarm_pb2 import InfoReply, InfoRequest
-
-MAX_QUEUED_ROWS = 1 << 20
-"""More than this waiting and a peer says "not now" instead of growing its queue."""
 
 
 class ExpertService:
@@ -27,10 +28,9 @@ class ExpertService:
         *,
         max_bytes_in_flight: int,
     ) -> None:
-        """`max_bytes_in_flight`: tensor bytes of all calls that are being read, waiting or answered."""
+        """`max_bytes_in_flight`: tensor bytes, there and back, of all calls that are read, wait or are answered."""
         self._host = host
-        self._max_bytes_in_flight = max_bytes_in_flight
-        self._bytes_in_flight = 0
+        self._room = CallRoom(max_bytes=max_bytes_in_flight)
         self._limits = limits
         self._introduce = introduce
         self._prober = ProbeAnswerer()
@@ -64,29 +64,40 @@ class ExpertService:
     async def _answer(self, method: Method, frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
         if self._leaving:
             raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another")
-        if self._host.queued_rows > MAX_QUEUED_ROWS:
-            raise CallRefused(Refusal.OVERLOADED, f"{self._host.queued_rows} rows are waiting already; try later")
-        announced_bytes = 0
+        taken_bytes, deadline_s = 0, context.deadline_s
 
-        def admit(size_bytes: int) -> None:
-            nonlocal announced_bytes
-            if self._bytes_in_flight + size_bytes > self._max_bytes_in_flight:
-                message = f"calls in progress have {self._bytes_in_flight} of {self._max_bytes_in_flight} bytes"
-                raise CallRefused(Refusal.OVERLOADED, f"{message}, and this one needs {size_bytes}; try later")
-            self._bytes_in_flight += size_bytes
-            announced_bytes = size_bytes
+        async def admit(announced: Call, call_bytes: int) -> None:
+            """Before its tensors are read. A backward waits for room: its forward's work is spent already."""
+            nonlocal taken_bytes, deadline_s
+            deadline_s = min(deadline_s, asyncio.get_running_loop().time() + announced.timeout_s)
+            self._host.check(method, context.caller, announced)
+            needed_bytes = call_bytes + self._answer_bytes(announced)
+            if method is Method.FORWARD:
+                self._room.take(needed_bytes)
+            else:
+                await self._room.wait(needed_bytes)
+            taken_bytes = needed_bytes
 
         self._running += 1
         self._idle.clear()
         try:
             call = await read_call(frames, self._limits, method, admit=admit)
-            reply = await self._host.answer(method, context.caller, call)
-            for frame in write_reply([reply]):
-                yield frame
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            async with aclosing(self._host.answer(method, context.caller, replace(call, timeout_s=left_s))) as groups:
+                async for group in groups:
+                    for frame in write_group(group):
+                        yield frame
+            yield END
+        except RoomTaken as taken:
+            raise CallRefused(Refusal.OVERLOADED, str(taken)) from None
         except ComputeThreadStopped:
             raise CallRefused(Refusal.OVERLOADED, "this peer is leaving; ask another") from None
         finally:
-            self._bytes_in_flight -= announced_bytes
+            self._room.give_back(taken_bytes)
             self._running -= 1
             if not self._running:
                 self._idle.set()
+
+    def _answer_bytes(self, call: Call) -> int:
+        """At most: a backward's answer has a row per distinct row of its forward, and these are no more than pairs."""
+        return size_bytes(DType.FLOAT32, call.reply_codec, (call.num_pairs, self._limits.dim))

@@ -7,7 +7,7 @@ all the work and ten seconds of silence take no time.
 import asyncio
 import base64
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from experts.bank import ExpertBank, ExpertState
 from experts.settings import ExpertOptimizerSettings, ExpertShape
 from experts.snapshots import SnapshotFolder
 from experts.uid import ExpertUid
+from peer.call_queue import Waiting
 from peer.directory import Directory
 from peer.event_loop import EventLoopThread, Talk
 from peer.expert_host import ExpertHost
@@ -34,8 +35,9 @@ from peer.manifest import (
 )
 from peer.memory_store import MemoryBoard, MemoryStore
 from peer.memory_transport import MemoryNetwork
-from peer.messages import MAX_CALL_BYTES, CallLimits
+from peer.messages import MAX_CALL_BYTES, CallLimits, GroupReply
 from peer.records import HostedExpert, PeerRecord, PeerState
+from peer.requests import Request
 from peer.service import ExpertService
 from peer.transport import Endpoint, Method, PeerId
 from protos.swarm_pb2 import InfoReply, InfoRequest
@@ -130,7 +132,7 @@ class VirtualBridge:
 class _Inline:
     """Stands in for a compute thread: works where it is asked."""
 
-    queued_tokens = 0
+    queued_rows = 0
 
     def __init__(self, host: ExpertHost) -> None:
         self._host = host
@@ -140,11 +142,16 @@ class _Inline:
     def close(self, *, timeout_s: float) -> bool:
         return True
 
-    async def submit(self, work: Any, *, num_tokens: int) -> Any:
-        (result,) = self._host._run_batch([work])
-        if isinstance(result, Exception):
-            raise result
-        return result
+    def check(self, call: Waiting[Request]) -> None: ...
+
+    async def submit(self, call: Waiting[Request]) -> AsyncGenerator[GroupReply]:
+        for part in self._host._run_batch([call.work], lambda: False):
+            if isinstance(part.result, Exception):
+                raise part.result
+            yield part.result
+
+    async def run(self, action: Callable[[], T]) -> T:
+        return action()
 
 
 @dataclass

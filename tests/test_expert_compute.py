@@ -10,8 +10,9 @@ from torch import Tensor
 from experts.bank import ExpertBank, ExpertState
 from experts.settings import ExpertOptimizerSettings, ExpertShape
 from experts.uid import ExpertUid, RunId
-from peer.expert_compute import ExpertCompute, Memory, Request
+from peer.expert_compute import ExpertCompute, Memory
 from peer.messages import Call, ExpertRows, GroupReply, Mode, Outcome
+from peer.requests import Request
 from peer.tensors import Role, decode, encode
 from peer.transport import CallRefused, Method, PeerId, Refusal
 from peer.wire_codecs import Codec
@@ -35,7 +36,9 @@ def compute(*, max_staleness: int = 8, kept_bytes: int = 1 << 20, hosted: int = 
     for index in range(hosted):
         bank.add(ExpertUid(0, index))
     memory = Memory(kept_bytes=kept_bytes, kept_lifetime_s=20.0, reply_bytes=1 << 20)
-    return ExpertCompute(bank, device=torch.device("cpu"), max_staleness=max_staleness, memory=memory)
+    return ExpertCompute(
+        bank, device=torch.device("cpu"), max_staleness=max_staleness, longest_sequence=64, memory=memory
+    )
 
 
 def forward(**changes: object) -> Call:
@@ -59,7 +62,10 @@ def backward(of: Call, *, resends: bool = False, grad_ND: Tensor = GRAD_ND, **ch
 
 
 def ask(peer: ExpertCompute, method: Method, call: Call, *, caller: PeerId = ANNE, now_s: float = 0.0) -> GroupReply:
-    return peer.answer(Request(method, caller, call), now_s=now_s)
+    (part,) = peer.answer([Request(method, caller, call)], now_s=now_s)
+    if isinstance(part.result, Exception):
+        raise part.result
+    return part.result
 
 
 def there_and_back(peer: ExpertCompute, call: Call | None = None, **changes: object) -> GroupReply:
@@ -432,12 +438,12 @@ def test_staleness_up_to_the_bound_is_recomputed_with_the_present_expert() -> No
     ask(peer, Method.FORWARD, call)
     step_in_between(peer, 2)
     step_in_between(fresh, 2)
-    recomputed = peer.recomputed
+    recomputed = peer.kept_counts.passes_recomputed
 
     reply = ask(peer, Method.BACKWARD, backward(call))
 
     assert set(outcomes(reply).values()) == {Outcome.OK}
-    assert peer.recomputed == recomputed + 1
+    assert peer.kept_counts.passes_recomputed == recomputed + 1
     assert torch.equal(values(reply), values(there_and_back(fresh, forward(experts=(ExpertRows(2, 7),)))))
     assert torch.equal(weights(peer), weights(fresh))
 

@@ -61,9 +61,14 @@ def backward_of(call: Call) -> Call:
     return call_of(number=int.from_bytes(call.call_id, "big"), tensors=gradients, loss_tokens=6.0)
 
 
+async def answer(host: ExpertHost, method: Method, caller: PeerId, call: Call) -> GroupReply:
+    (group,) = [group async for group in host.answer(method, caller, call)]
+    return group
+
+
 async def teach(host: ExpertHost, *, number: int = 1) -> torch.Tensor:
-    await host.answer(Method.FORWARD, ANNE, call_of(number=number))
-    reply = await host.answer(Method.BACKWARD, ANNE, backward_of(call_of(number=number)))
+    await answer(host, Method.FORWARD, ANNE, call_of(number=number))
+    reply = await answer(host, Method.BACKWARD, ANNE, backward_of(call_of(number=number)))
     return decode(reply.tensor)
 
 
@@ -112,7 +117,7 @@ async def test_a_call_renews_the_statuses_of_its_own_experts_alone(host: ExpertH
     before = host.statuses
 
     await teach(host)
-    await host.answer(Method.FORWARD, ANNE, call_of(4, number=2))  # which is not hosted
+    await answer(host, Method.FORWARD, ANNE, call_of(4, number=2))  # which is not hosted
 
     assert host.statuses[0] != before[0]
     assert [now is then for now, then in zip(host.statuses, before, strict=True)] == [False, True, True]
@@ -159,8 +164,8 @@ async def test_without_a_folder_and_without_experts_there_is_nothing_to_save(hos
 async def test_a_dropped_expert_answers_no_more_and_the_others_do(host: ExpertHost) -> None:
     await host.drop(HOSTED[0])
 
-    gone = await host.answer(Method.FORWARD, ANNE, call_of(0))
-    here = await host.answer(Method.FORWARD, ANNE, call_of(1))
+    gone = await answer(host, Method.FORWARD, ANNE, call_of(0))
+    here = await answer(host, Method.FORWARD, ANNE, call_of(1))
 
     assert gone.experts[0].outcome is Outcome.UNKNOWN_EXPERT
     assert here.experts[0].outcome is Outcome.OK
@@ -178,18 +183,18 @@ async def test_a_refused_call_is_refused_and_the_host_goes_on(host: ExpertHost) 
     poisoned = encode(torch.full_like(X_ND, torch.nan), Role.ROWS, Codec.RAW)
 
     with pytest.raises(CallRefused, match="ROWS holds NaN"):
-        await host.answer(Method.FORWARD, ANNE, call_of(tensors={Role.ROWS: poisoned}))
+        await answer(host, Method.FORWARD, ANNE, call_of(tensors={Role.ROWS: poisoned}))
 
-    assert (await host.answer(Method.FORWARD, ANNE, call_of())).experts[0].outcome is Outcome.OK
+    assert (await answer(host, Method.FORWARD, ANNE, call_of())).experts[0].outcome is Outcome.OK
 
 
 async def test_what_fails_on_the_compute_thread_fails_its_caller_alone(host: ExpertHost) -> None:
-    await host.answer(Method.FORWARD, ANNE, call_of())
+    await answer(host, Method.FORWARD, ANNE, call_of())
     async with _Blocked(host):
         asked = [
-            asyncio.ensure_future(host.answer(Method.BACKWARD, ANNE, backward_of(call_of()))),
+            asyncio.ensure_future(answer(host, Method.BACKWARD, ANNE, backward_of(call_of()))),
             asyncio.ensure_future(host.host(HOSTED[:1], {})),
-            asyncio.ensure_future(host.answer(Method.FORWARD, ANNE, call_of(1, number=2))),
+            asyncio.ensure_future(answer(host, Method.FORWARD, ANNE, call_of(1, number=2))),
         ]
         await asyncio.sleep(0)  # one turn of the loop: all have queued their work
 
@@ -207,7 +212,7 @@ async def test_closing_finishes_what_runs_and_refuses_what_waits() -> None:
     host = make_host()
     await host.host(HOSTED, {})
     async with _Blocked(host):
-        waiting = asyncio.ensure_future(host.answer(Method.FORWARD, ANNE, call_of()))
+        waiting = asyncio.ensure_future(answer(host, Method.FORWARD, ANNE, call_of()))
         await asyncio.sleep(0)  # one turn of the loop: it has queued its work
         assert host.queued_rows == len(X_ND)
         assert not host.close(timeout_s=0.0)
@@ -216,32 +221,32 @@ async def test_closing_finishes_what_runs_and_refuses_what_waits() -> None:
     with pytest.raises(ComputeThreadStopped):
         await waiting
     with pytest.raises(ComputeThreadStopped):
-        await host.answer(Method.FORWARD, ANNE, call_of())
+        await answer(host, Method.FORWARD, ANNE, call_of())
 
 
 async def test_a_caller_that_gave_up_before_its_turn_teaches_nothing(host: ExpertHost) -> None:
-    await host.answer(Method.FORWARD, ANNE, call_of())
+    await answer(host, Method.FORWARD, ANNE, call_of())
     async with _Blocked(host):
-        backward = asyncio.ensure_future(host.answer(Method.BACKWARD, ANNE, backward_of(call_of())))
+        backward = asyncio.ensure_future(answer(host, Method.BACKWARD, ANNE, backward_of(call_of())))
         await asyncio.sleep(0)  # one turn of the loop: it has queued its work
         backward.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await backward
 
-    with pytest.raises(asyncio.CancelledError):
-        await backward
-    await host.answer(Method.FORWARD, ANNE, call_of(1, number=2))
+    await answer(host, Method.FORWARD, ANNE, call_of(1, number=2))
     assert host.statuses[0].version == 0
 
 
 async def test_throughput_is_what_was_answered_since_it_was_last_asked(host: ExpertHost) -> None:
     host.take_throughput()
-    await host.answer(Method.FORWARD, ANNE, call_of())
+    await answer(host, Method.FORWARD, ANNE, call_of())
 
     assert host.take_throughput() > 0
     assert host.take_throughput() == 0
 
 
 async def test_inputs_that_no_backward_came_for_are_forgotten_when_it_is_time(host: ExpertHost) -> None:
-    await host.answer(Method.FORWARD, ANNE, call_of())
+    await answer(host, Method.FORWARD, ANNE, call_of())
     assert host.kept_bytes > 0
 
     await host.forget_expired(now_s=time.monotonic())
@@ -278,7 +283,7 @@ async def test_a_save_that_was_given_up_is_over_before_the_next_begins(tmp_path:
     given_up.cancel()
 
     last = asyncio.ensure_future(host.save_snapshot({}))
-    await host.answer(Method.FORWARD, ANNE, call_of())  # by now the states have been copied
+    await answer(host, Method.FORWARD, ANNE, call_of())  # by now the states have been copied
     await asyncio.to_thread(int)  # and their writer has begun
     folder.go_on.set()
 

@@ -1,6 +1,6 @@
 """A lost expert is a Tuesday: whatever a peer does, its own pairs are lost, in time, with a reason; no others are."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import pytest
@@ -273,12 +273,13 @@ def tell_lies(peer: SwarmPeer, method: Method, poison: float) -> None:
     """Have the peer work, and answer this instead."""
     honest = peer.host.answer
 
-    async def lie(asked: Method, caller, call) -> GroupReply:
-        reply = await honest(asked, caller, call)
-        if asked is not method or reply.tensor is None:
-            return reply
-        spec = reply.tensor.spec
-        return replace(reply, tensor=encode(torch.full(spec.shape, poison), spec.role, spec.codec))
+    async def lie(asked: Method, caller, call) -> AsyncIterator[GroupReply]:
+        async for reply in honest(asked, caller, call):
+            if asked is not method or reply.tensor is None:
+                yield reply
+            else:
+                spec = reply.tensor.spec
+                yield replace(reply, tensor=encode(torch.full(spec.shape, poison), spec.role, spec.codec))
 
     peer.host.answer = lie
 

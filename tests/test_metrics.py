@@ -46,15 +46,20 @@ def call_of(number: int, role: Role) -> Call:
     )
 
 
+async def answer(host: ExpertHost, method: Method, call: Call) -> None:
+    async for _ in host.answer(method, ANNE, call):
+        pass
+
+
 async def test_kept_bytes_and_backwards_computed_again_are_told(host: ExpertHost) -> None:
     registry = peer_registry(host, Rates(), None)
     told_kept_bytes: list[float | None] = []
 
     for number in (1, 2):
-        await host.answer(Method.FORWARD, ANNE, call_of(number, Role.ROWS))
+        await answer(host, Method.FORWARD, call_of(number, Role.ROWS))
         told_kept_bytes.append(registry.get_sample_value("swarmoe_kept_bytes"))
     for number in (1, 2):  # by the second, the first has changed the expert
-        await host.answer(Method.BACKWARD, ANNE, call_of(number, Role.GRADIENTS))
+        await answer(host, Method.BACKWARD, call_of(number, Role.GRADIENTS))
 
     assert told_kept_bytes[0]
     assert told_kept_bytes[1] == 2 * told_kept_bytes[0]

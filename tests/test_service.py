@@ -17,7 +17,7 @@ from peer.memory_transport import MemoryNetwork
 from peer.messages import Call, CallLimits, ExpertRows, GroupReply, Mode, Outcome, ReplyLimits
 from peer.reply_stream import read_reply
 from peer.service import ExpertService
-from peer.tensors import Role, encode
+from peer.tensors import Role, decode, encode
 from peer.transport import Endpoint, Frame, Method
 from peer.wire_codecs import Codec
 from protos.swarm_pb2 import InfoReply, InfoRequest
@@ -26,8 +26,8 @@ from tests.transport_worlds import Member, World
 
 RUN = tiny_run()
 X_ND = torch.randn(6, DIM, generator=seeded(0))
-ROOM_BYTES = 8 * X_ND.nbytes
-"""Eight calls at a time fit, and not nine."""
+ROOM_BYTES = 8 * 2 * X_ND.nbytes
+"""Eight calls and their answers fit at a time, and not nine."""
 
 
 @dataclass
@@ -156,13 +156,13 @@ async def test_whoever_never_ends_its_call_is_let_go_at_its_deadline_and_holds_u
 
 
 async def test_a_full_queue_says_not_now(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peer.service.MAX_QUEUED_ROWS", 5)
+    monkeypatch.setattr(served.host._thread._queue, "_max_rows", 5)
     async with Busy(served.host):
         queued = asyncio.ensure_future(served.ask(call_of()))
         while served.host.queued_rows == 0:
             await turns(1)
 
-        with pytest.raises(PeerOverloaded, match="6 rows are waiting already"):
+        with pytest.raises(PeerOverloaded, match=r"6 rows of .* are waiting already"):
             await served.ask(call_of(call_id=b"j" * 16))
 
     assert (await queued)[0].experts[0].outcome is Outcome.OK
@@ -253,7 +253,7 @@ async def test_a_failure_on_the_compute_thread_ends_one_call(served: Served, mon
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("the device is full")
 
-    monkeypatch.setattr(served.host._compute.bank, "forward", fail)
+    monkeypatch.setattr(served.host._compute.bank, "forward_in_parts", fail)
     with pytest.raises(PeerUnreachable, match="failed on the call"):
         await served.ask(call_of())
     monkeypatch.undo()
@@ -271,8 +271,8 @@ async def test_many_callers_share_the_device_and_get_their_own(served: Served) -
         while served.host.queued_rows < 8 * len(X_ND):
             await turns(1)
 
-    answers = [(await answer)[0].tensor.data for answer in asked]
+    answers = [decode((await answer)[0].tensor) for answer in asked]
 
-    alone = [(await served.ask(call))[0].tensor.data for call in calls]
-    assert [bytes(answer) for answer in answers] == [bytes(answer) for answer in alone]
-    assert len({bytes(answer) for answer in answers}) == 8
+    alone = [decode((await served.ask(call))[0].tensor) for call in calls]
+    torch.testing.assert_close(answers, alone)
+    assert len({tuple(answer.flatten().tolist()) for answer in answers}) == 8

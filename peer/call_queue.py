@@ -1,0 +1,199 @@
+"""Which calls may wait, which of them run next, and together. Rules without a clock, a thread or a tensor.
+
+Callers take turns by rows (`fair_queue`), so that nobody starves another. Forwards and backwards take turns too, and a
+turn of backwards lasts while there are any: all of them go back through the experts as their forwards saw them, and
+the experts step once, at its end. A step after every backward would outdate the graphs of all the others: on one CPU
+core with four calls in flight (`ffn`, D 256, H 1024, one expert) the backwards then take 1.4 times as long.
+
+Calls that are small for their experts run together as one pass. Measured as above, forward and backward of four calls
+together, against one by one with one step: 0.45 of the time at 1 row per expert and call, 0.7 at 32, 1.1 at 128, where
+computing the outputs again costs more than the passes that it saves. Nothing waits for company on an idle device: what
+comes while it works is company enough.
+
+Over capacity the caller with the most rows waiting loses its own lowest-scored forward: whoever lies about scores
+loses its better calls for its worse ones. A backward makes room for itself among forwards, never the other way round:
+its forward's work is spent already.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+from peer.fair_queue import FairQueue
+from peer.pace import Pace
+
+T = TypeVar("T")
+
+SMALL_ROWS_PER_EXPERT = 64
+"""A training call with fewer rows than this per expert runs together with others."""
+_TOGETHER_ROWS = 2048
+"""No more than this in one pass of several calls: more is not faster, and all wait for the last."""
+_QUANTUM_ROWS = 512
+_MAX_CALLS = 4096
+"""However small they are."""
+_TURN_ROWS = 1 << 16
+"""A flood of backwards keeps the forwards waiting for this many rows, not for ever."""
+_TRAVEL_SHARE = 0.1
+"""Of a call's time, set aside for its answer to be put together and to travel."""
+
+
+class Declined(Exception):
+    """Not now: the sentence says why."""
+
+
+class Lane(Enum):
+    """What takes turns."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting(Generic[T]):
+    """A call in the queue. Each is itself and no other."""
+
+    work: T
+    caller: Hashable
+    lane: Lane
+    num_rows: int
+    size_bytes: int
+    deadline_s: float
+    score: float = 0.0
+    runs_together: bool = False
+    """Whether it is faster in one pass with others of its kind."""
+
+
+class CallQueue(Generic[T]):
+    """The calls that wait for one device."""
+
+    def __init__(self, *, max_rows: int, max_bytes: int) -> None:
+        self._max_rows = max_rows
+        self._max_bytes = max_bytes
+        self._lanes: dict[Lane, FairQueue[Waiting[T]]] = {lane: FairQueue(quantum_rows=_QUANTUM_ROWS) for lane in Lane}
+        self._size_bytes = 0
+        self._num_calls = 0
+        self._turn = Lane.BACKWARD
+        self._turn_rows_left = 0
+        self._pace = Pace[Lane]()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows waiting: what the peer's record says of its load."""
+        return sum(lane.num_rows for lane in self._lanes.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensors waiting."""
+        return self._size_bytes
+
+    def offer(self, call: Waiting[T], *, now_s: float) -> list[Waiting[T]]:
+        """Let a call wait; gives those that had to make room. Raises Declined, and nobody has made room then."""
+        displaced = self.check(call, now_s=now_s)
+        for other in displaced:
+            self.withdraw(other)
+        self._lanes[call.lane].add(call, caller=call.caller, num_rows=call.num_rows)
+        self._count(call, 1)
+        return displaced
+
+    def check(self, call: Waiting[T], *, now_s: float) -> list[Waiting[T]]:
+        """What `offer` would do. Raises Declined."""
+        ahead_s = self._seconds_ahead(call)
+        left_s = self.start_by_s(call, now_s=now_s) - now_s
+        if ahead_s > left_s:
+            raise Declined(f"its turn would come in {ahead_s:.1f} s, and it has {max(0.0, left_s):.1f} s; try later")
+        return self._make_room(call)
+
+    def start_by_s(self, call: Waiting[T], *, now_s: float) -> float:
+        """Started later than this, its answer would come too late."""
+        alone_s = self._pace.seconds(call.lane, call.num_rows)
+        return call.deadline_s - alone_s - _TRAVEL_SHARE * max(0.0, call.deadline_s - now_s)
+
+    def withdraw(self, call: Waiting[T]) -> bool:
+        """It is not wanted any more; False when it does not wait."""
+        waited = self._lanes[call.lane].remove(call, caller=call.caller)
+        if waited:
+            self._count(call, -1)
+        return waited
+
+    def pop_together(self) -> list[Waiting[T]]:
+        """What runs next, in one pass, all of one lane; nothing when nothing waits."""
+        if not any(self._lanes.values()):
+            return []
+        self._take_turns()
+        lane = self._lanes[self._turn]
+        together: list[Waiting[T]] = []
+        room_rows = _TOGETHER_ROWS
+        while (call := lane.next()) is not None:
+            if together and not (call.runs_together and call.num_rows <= room_rows):
+                break
+            lane.pop()
+            together.append(call)
+            room_rows -= call.num_rows
+            self._turn_rows_left -= call.num_rows
+            self._count(call, -1)
+            if not call.runs_together:
+                break
+        return together
+
+    def more_backwards(self) -> bool:
+        """Whether the turn of the backwards goes on after the pass in hand."""
+        return bool(self._lanes[Lane.BACKWARD]) and (self._turn_rows_left > 0 or not self._lanes[Lane.FORWARD])
+
+    def took(self, lane: Lane, num_rows: int, duration_s: float) -> None:
+        """A pass is over: how long the next ones will take."""
+        self._pace.observe(lane, num_rows, duration_s)
+
+    def _count(self, call: Waiting[T], sign: int) -> None:
+        self._num_calls += sign
+        self._size_bytes += sign * call.size_bytes
+
+    def _take_turns(self) -> None:
+        other = Lane.FORWARD if self._turn is Lane.BACKWARD else Lane.BACKWARD
+        if not self._lanes[other] or (self._lanes[self._turn] and self._turn_rows_left > 0):
+            return
+        self._turn = other
+        # Forwards that come during their own turn wait for the next: the backwards of those before them come first.
+        waiting_rows = self._lanes[Lane.FORWARD].num_rows
+        self._turn_rows_left = _TURN_ROWS if other is Lane.BACKWARD else min(_TURN_ROWS, waiting_rows)
+
+    def _seconds_ahead(self, call: Waiting[T]) -> float:
+        """What the device does before it is done with what this caller has waiting, if all get the same share of it."""
+        own_s = self._seconds_of(call.caller)
+        share_s = own_s + self._pace.seconds(call.lane, call.num_rows)
+        callers = {caller for lane in self._lanes.values() for caller in lane.callers()} - {call.caller}
+        return own_s + sum(min(self._seconds_of(caller), share_s) for caller in callers)
+
+    def _seconds_of(self, caller: Hashable) -> float:
+        return sum(self._pace.seconds(lane, queue.rows_of(caller)) for lane, queue in self._lanes.items())
+
+    def _make_room(self, call: Waiting[T]) -> list[Waiting[T]]:
+        """Which forwards go so that this call fits. Raises Declined when it would be the call itself."""
+        displaced: list[Waiting[T]] = []
+        while self._is_over(call, displaced):
+            loser = self._next_to_go(call, displaced)
+            if loser is None or loser is call:
+                raise Declined(f"{self.num_rows} rows of {self._size_bytes} bytes are waiting already; try later")
+            displaced.append(loser)
+        return displaced
+
+    def _is_over(self, call: Waiting[T], displaced: list[Waiting[T]]) -> bool:
+        calls = self._num_calls - len(displaced)
+        rows = self.num_rows - sum(other.num_rows for other in displaced)
+        size_bytes = self._size_bytes - sum(other.size_bytes for other in displaced)
+        return calls > 0 and (
+            calls + 1 > _MAX_CALLS
+            or rows + call.num_rows > self._max_rows
+            or size_bytes + call.size_bytes > self._max_bytes
+        )
+
+    def _next_to_go(self, call: Waiting[T], displaced: list[Waiting[T]]) -> Waiting[T] | None:
+        """Of whoever has the most rows waiting, the call's own caller included, the forward with the lowest score."""
+        forwards = self._lanes[Lane.FORWARD]
+        gone = set(displaced)
+        staying = {caller: [c for c in forwards.items_of(caller) if c not in gone] for caller in forwards.callers()}
+        if call.lane is Lane.FORWARD:
+            staying[call.caller] = [*staying.get(call.caller, []), call]
+        most = max(staying.values(), key=lambda calls: sum(c.num_rows for c in calls), default=[])
+        lowest: Callable[[Waiting[T]], float] = lambda c: c.score  # noqa: E731  typed: min's key is not inferred
+        return min(reversed(most), key=lowest, default=None)
