@@ -82,7 +82,9 @@ async def _join_dht(
     host, _ = split_address(settings.listen, allow_port_0=True)
     dht_host = await asyncio.to_thread(listen_ip, host)
     initial_peers = await _members_of_old(settings.state_dir, run, transport)
-    dht_settings = DhtSettings(run.run_id, listen_host=dht_host, initial_peers=initial_peers)
+    dht_settings = DhtSettings(
+        run.run_id, num_experts=run.num_experts, listen_host=dht_host, initial_peers=initial_peers
+    )
     await supervisor.start(dht_settings, timeout_s=_DHT_TIMEOUT_S)
     return HivemindStore(identity, run.run_id, supervisor)
 

@@ -6,40 +6,37 @@ Pure but for the clock it is given; `dht_node` plugs it into hivemind as its rec
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import get_args
 
 import msgpack
 
 from experts.uid import RunId
 from peer.envelope import Rejection, open_envelope
+from peer.record_keys import RecordKeys
 from peer.records import Kind, Signed
 
 _REMEMBERED = 4096
 
 
-def dht_key(run_id: RunId, kind: Kind) -> bytes:
-    """Where the records of one kind live: many authors, one subkey each."""
-    return f"swarmoe/{run_id}/{kind}".encode()
-
-
 class RecordGuard:
     """hivemind asks it for every record that another node stores here or answers with."""
 
-    def __init__(self, run_id: RunId, now_unix_s: Callable[[], float]) -> None:
+    def __init__(self, run_id: RunId, keys: RecordKeys, now_unix_s: Callable[[], float]) -> None:
         self._run_id = run_id
+        self._keys = keys
         self._now_unix_s = now_unix_s
-        kinds: tuple[Kind, ...] = get_args(Kind)
         # hivemind hands over the SHA-1 that places a key in the DHT, not the key.
-        self._kinds: dict[bytes, Kind] = {hashlib.sha1(dht_key(run_id, kind)).digest(): kind for kind in kinds}
+        self._kinds = {hashlib.sha1(key).digest(): (kind, key) for key, kind in keys.kinds().items()}
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
 
     def accepts(
         self, *, key_sha1: bytes, subkey_msgpack: bytes, value_msgpack: bytes, expires_at_unix_s: float
     ) -> bool:
         """Accepts what is only expired: a dictionary may age on its way, and hivemind drops such items itself."""
-        kind = self._kinds.get(key_sha1)
+        kind, key = self._kinds.get(key_sha1, (None, b""))
         subkey, value = _unpack(subkey_msgpack), _unpack(value_msgpack)
         if kind is None or not isinstance(subkey, str) or not isinstance(value, bytes):
+            return False
+        if self._keys.of_record(kind, subkey) != key:
             return False
         seen = hashlib.sha256(repr((kind, subkey, expires_at_unix_s)).encode() + value).digest()
         if seen not in self._accepted:  # whatever was acceptable once stays so until it expires

@@ -80,12 +80,20 @@ class Node:
         """False when no node took it: refused by the guard, not later than what is held, or nobody answered."""
         return bool(await self._node.store(key, value, expires_at_unix_s, subkey=subkey))
 
-    async def get(self, key: bytes) -> list[Entry]:
-        """What every node responsible for this key holds under it, the latest per subkey."""
-        found = await self._node.get(key, latest=True)
-        if found is None:
-            return []
-        return [(subkey, value, expires) for subkey, (value, expires) in found.value.items()]
+    async def get(self, keys: Iterable[bytes]) -> list[Entry]:
+        """What every node responsible for these keys holds under them, the latest per subkey.
+
+        Asked for one by one, at once: of several keys together a node would give one answer, and that has a limit.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(self._node.get(key, latest=True)) for key in keys]
+        found = [task.result() for task in asked]
+        return [
+            (subkey, value, expires)
+            for dictionary in found
+            if dictionary is not None
+            for subkey, (value, expires) in dictionary.value.items()
+        ]
 
     async def addresses(self) -> list[str]:
         return [str(maddr) for maddr in await self._p2p.get_visible_maddrs(latest=True)]

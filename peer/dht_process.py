@@ -25,6 +25,7 @@ from peer.dht_guard import RecordGuard
 from peer.dht_node import Node
 from peer.errors import CouldNotJoin, CouldNotListen
 from peer.p2pd import P2pDaemon
+from peer.record_keys import RecordKeys
 
 _LISTEN_TIMEOUT_S = 15.0
 _EXIT_WITHIN_S = 2
@@ -92,7 +93,9 @@ class DhtSession:
             timeout_s=_LISTEN_TIMEOUT_S,
         )
         tasks.create_task(self._end_with(self._daemon))
-        self._node = await Node.start(self._socket_dir, RecordGuard(RunId(request["run_id"]), time.time))
+        run_id = RunId(request["run_id"])
+        keys = RecordKeys(run_id, num_experts=request["num_experts"])
+        self._node = await Node.start(self._socket_dir, RecordGuard(run_id, keys, time.time))
         return await self._status(request)
 
     async def _join(self, request: Frame) -> None:
@@ -106,7 +109,7 @@ class DhtSession:
         )
 
     async def _get(self, request: Frame) -> list[tuple[str, bytes, float]]:
-        return await self._listening.get(request["key"])
+        return await self._listening.get(request["keys"])
 
     async def _status(self, request: Frame) -> Frame:
         node = self._listening

@@ -150,6 +150,11 @@ class RunManifest(_Section):
         """The bytes that are hashed and signed: sorted keys, no spaces."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
 
+    @property
+    def num_experts(self) -> int:
+        """Of all layers together."""
+        return self.moe_layers * self.experts_per_layer
+
     def uids(self) -> list[ExpertUid]:
         """Every expert of the run, in order."""
         return [ExpertUid(layer, index) for layer in range(self.moe_layers) for index in range(self.experts_per_layer)]

@@ -65,7 +65,12 @@ async def membership(
         log.info("swarm.found", run=run_id, name=introduction.manifest.name, through=introduction.address)
         if dht_host is None:
             dht_host = "127.0.0.1" if is_loopback(introduction.address) else "0.0.0.0"
-        settings = DhtSettings(run_id, listen_host=dht_host, initial_peers=introduction.dht_addresses)
+        settings = DhtSettings(
+            run_id,
+            num_experts=introduction.manifest.num_experts,
+            listen_host=dht_host,
+            initial_peers=introduction.dht_addresses,
+        )
         await supervisor.start(settings, timeout_s=timeout_s)
         store = HivemindStore(identity, run_id, supervisor)
         directory = Directory(store)

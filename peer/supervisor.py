@@ -15,8 +15,8 @@ import structlog
 
 from experts.uid import RunId
 from peer.dht_child import DhtChild
-from peer.dht_guard import dht_key
 from peer.errors import CouldNotJoin, CouldNotListen, RecordsUnavailable
+from peer.record_keys import RecordKeys
 from peer.records import Kind
 
 log = structlog.get_logger()
@@ -40,6 +40,8 @@ class DhtSettings:
     """Where the node listens and whom it meets first."""
 
     run_id: RunId
+    num_experts: int = 0
+    """Of the whole run: how many keys share its peers' records follows from it, so it is every member's."""
     listen_host: str = "127.0.0.1"
     """An IP address; 0.0.0.0 announces every interface's."""
     listen_port: int = 0
@@ -48,6 +50,9 @@ class DhtSettings:
     """The IP address others reach us at when a router forwards `listen_port`."""
     initial_peers: Sequence[str] = ()
     """Multiaddresses of members; one that answers is enough. None: the first member of the swarm."""
+
+    def keys(self) -> RecordKeys:
+        return RecordKeys(self.run_id, num_experts=self.num_experts)
 
     def listen_maddr(self) -> str:
         return _maddr(self.listen_host, self.listen_port)
@@ -104,15 +109,15 @@ class DhtSupervisor:
         return await self._child.request(
             "store",
             timeout_s=_REQUEST_TIMEOUT_S,
-            key=dht_key(self._run_id, kind),
+            key=self._keys.of_record(kind, subkey),
             subkey=subkey,
             value=value,
             expires_at_unix_s=expires_at_unix_s,
         )
 
     async def get(self, kind: Kind) -> list[Entry]:
-        """Everything under this kind's key, checked by our own node's guard. Raises RecordsUnavailable."""
-        return await self._child.request("get", timeout_s=_REQUEST_TIMEOUT_S, key=dht_key(self._run_id, kind))
+        """Everything of this kind, checked by our own node's guard. Raises RecordsUnavailable."""
+        return await self._child.request("get", timeout_s=_REQUEST_TIMEOUT_S, keys=self._keys.of_kind(kind))
 
     def addresses(self) -> list[str]:
         """Multiaddresses others can join through; they change when the process is restarted."""
@@ -131,9 +136,9 @@ class DhtSupervisor:
         self._child.dispose()
 
     @property
-    def _run_id(self) -> RunId:
+    def _keys(self) -> RecordKeys:
         assert self._settings is not None, "start comes first"
-        return self._settings.run_id
+        return self._settings.keys()
 
     async def _live(self, settings: DhtSettings) -> None:
         """One child after the other, until `close`."""
@@ -187,6 +192,7 @@ class DhtSupervisor:
             "listen",
             timeout_s=_LISTEN_TIMEOUT_S,
             run_id=settings.run_id,
+            num_experts=settings.num_experts,
             listen_maddr=settings.listen_maddr(),
             announce_maddr=settings.announce_maddr(),
         )

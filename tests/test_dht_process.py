@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from experts.uid import RunId
-from peer.dht_guard import dht_key
 from peer.directory import Directory
 from peer.envelope import seal
 from peer.errors import CouldNotJoin, CouldNotListen, RecordsUnavailable
@@ -221,7 +220,7 @@ assert bounded(ValueWithExpiration(b"plain", inf)) is None
 @pytest.mark.parametrize("poison", ["forged", "sized"])
 async def test_a_hostile_neighbour_hides_nothing_and_adds_nothing(traces: Traces, poison: str) -> None:
     first, second = DhtSupervisor.spawn(), DhtSupervisor.spawn()
-    ours, key = Identity.generate(), dht_key(RUN, "trainer").decode()
+    ours, key = Identity.generate(), DhtSettings(RUN).keys().of_kind("trainer")[0].decode()
     try:
         await first.start(DhtSettings(RUN), timeout_s=30)
         with (

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 OWNER = Identity.generate()
 MANIFEST = RunManifest(owner=OWNER.peer_id, expert=ExpertShape(dim=128, hidden=256))
 RUN = MANIFEST.run_id
+MANY = 16384
+"""Experts, so that the DHT spreads their hosts' records over all the keys it may."""
 Plant = Callable[[Kind, str, bytes, float], Awaitable[object]]
 
 
@@ -56,8 +58,8 @@ async def swarm(request: pytest.FixtureRequest) -> AsyncIterator[Swarm]:
     with pytest.MonkeyPatch.context() as monkeypatch, watched(monkeypatch):
         first, second = supervisors = [DhtSupervisor.spawn(), DhtSupervisor.spawn()]
         try:
-            await first.start(DhtSettings(RUN), timeout_s=30)
-            await second.start(DhtSettings(RUN, initial_peers=first.addresses()), timeout_s=30)
+            await first.start(DhtSettings(RUN, MANY), timeout_s=30)
+            await second.start(DhtSettings(RUN, MANY, initial_peers=first.addresses()), timeout_s=30)
             yield Swarm(lambda index, identity: HivemindStore(identity, RUN, supervisors[index]), first.store)
         finally:
             for supervisor in supervisors:

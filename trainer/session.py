@@ -79,7 +79,7 @@ class TrainingSession:
             self._progress.note("the text is not the one this checkpoint was trained on; going on with the new one")
         self._progress.note(
             f"resumed at step {state.step}: trunk, optimiser, random state and data position exactly as saved; "
-            f"experts as the swarm has them now ({self._around.experts_alive()} of {len(self._manifest.uids())} served)"
+            f"experts as the swarm has them now ({self._around.experts_alive()} of {self._manifest.num_experts} served)"
         )
 
     def run(self) -> TrainerSummary:
@@ -131,7 +131,7 @@ class TrainingSession:
             answered_share=1 - lost / sent if sent else 1.0,
             pairs_lost=lost,
             experts_alive=self._around.experts_alive(),
-            experts_total=len(self._manifest.uids()),
+            experts_total=self._manifest.num_experts,
             skipped=outcome.skipped,
             wall_s=time.time() - self._first_step_unix_s,
         )

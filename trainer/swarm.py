@@ -74,7 +74,7 @@ class Swarm:
 
     def wait_for_experts(self, *, timeout_s: float, at_least: int | None = None) -> bool:
         """Block until so many experts of the run (none: every one) can be called; False when they cannot in time."""
-        num_experts = self.manifest.moe_layers * self.manifest.experts_per_layer
+        num_experts = self.manifest.num_experts
         wanted = num_experts if at_least is None else min(at_least, num_experts)
         return self.wait_until(lambda snapshot: self._num_live(snapshot) >= wanted, timeout_s=timeout_s)
 
