@@ -29,5 +29,17 @@ export function compact(value) {
   return whole(value);
 }
 
+/** Three significant digits and a prefix, `2.87 Gbit/s`; `–` for what was not measured. */
+export function withUnit(value, unit) {
+  if (value === null) return "–";
+  const prefixes = ["", "k", "M", "G", "T", "P"];
+  const thousands = Math.max(0, Math.min(prefixes.length - 1, Math.floor(Math.log10(value * 1.0005) / 3)));
+  const scaled = value / 1000 ** thousands;
+  return `${scaled >= 100 ? Math.round(scaled) : Number(scaled.toPrecision(3))} ${prefixes[thousands]}${unit}`;
+}
+
+/** Two digits where there are few: `0.37 %`, `42 %`. */
+export const percent = (share) => (share >= 0.995 ? "100 %" : `${Number((100 * share).toPrecision(2))} %`);
+
 export const clock = (unixS) =>
   new Date(unixS * 1000).toLocaleTimeString(undefined, { hour12: false, hour: "2-digit", minute: "2-digit", second: "2-digit" });

@@ -1,13 +1,14 @@
 // The page: one stream in, the document out. `hello` replaces all it shows, `update` adds to it, `beat` says the coordinator lives.
 
 import { LossChart } from "./chart.js";
-import { clock, compact, element, shortId, whole } from "./element.js";
+import { clock, compact, element, percent, shortId, whole, withUnit } from "./element.js";
 import { ExpertGrid } from "./grid.js";
 
 const SILENCE_MS = 20_000; // two missed beats: a network that hangs closes nothing
 const RETRY_MS = 2_000;
 const MAX_LOG_LINES = 200;
 const SHOWN_RANGES = 4;
+const LOW_UTILISATION = 0.2; // as in peer/chi.py: below it a device is as good as idle
 
 const at = (id) => document.getElementById(id);
 const chart = new LossChart(at("loss-chart"), at("loss-readout"));
@@ -71,7 +72,7 @@ function draw(state, events) {
   at("run-id").textContent = state.run;
   drawFigures(state);
   grid.draw(state);
-  drawPeers(state.peers);
+  drawPeers(state);
   drawTrainers(state.trainers);
   events.forEach(drawEvent);
   at("log-empty").hidden = at("log").childElementCount > 0;
@@ -92,12 +93,13 @@ function figure(id, value, of) {
   at(id).replaceChildren(value, element("small", {}, of));
 }
 
-function drawPeers(peers) {
+function drawPeers({ peers, expert_kinds }) {
+  const chis = new Map(expert_kinds.flatMap((kind) => kind.peers.map((told) => [told.peer_id, told])));
   const gone = new Set(peerRows.keys());
   const rows = [...peers].sort(byStateThenId).map((peer) => {
     gone.delete(peer.peer_id);
     const row = peerRows.get(peer.peer_id) ?? newPeerRow(peer.peer_id);
-    fillPeerRow(row, peer);
+    fillPeerRow(row, peer, chis.get(peer.peer_id) ?? null);
     return row;
   });
   gone.forEach((peerId) => peerRows.delete(peerId));
@@ -106,7 +108,12 @@ function drawPeers(peers) {
   at("peers").hidden = peers.length === 0;
   at("peers-empty").hidden = peers.length > 0;
   at("join-panel").hidden = peers.length > 0;
-  at("peers-aside").textContent = peers.length ? `${whole(peers.length)} known` : "";
+  at("peers-aside").textContent = peers.length ? [`${whole(peers.length)} known`, ...expert_kinds.map(medianInWords)].join("; ") : "";
+}
+
+function medianInWords({ median_utilisation, median_needed_bits_per_s }) {
+  if (median_utilisation === null) return "no link measured";
+  return `links let devices be busy ${percent(median_utilisation)} of the time, and they could use ${withUnit(median_needed_bits_per_s, "bit/s")} (medians)`;
 }
 
 function newPeerRow(peerId) {
@@ -117,16 +124,26 @@ function newPeerRow(peerId) {
   return row;
 }
 
-function fillPeerRow(row, peer) {
+function fillPeerRow(row, peer, chi) {
   row.uids = new Set(peer.experts);
   row.replaceChildren(
     element("td", { title: peer.peer_id }, element("code", {}, shortId(peer.peer_id)), element("span", { class: "endpoint" }, peer.endpoint)),
     element("td", {}, element("span", { class: "state", "data-state": peer.state }, peer.state),
       ...peer.flags.map((flag) => element("span", { class: "flag" }, flag))),
     element("td", { class: "uids", title: `${peer.experts.length} experts: ${peer.experts.join(" ")}` }, uidsInWords(peer.experts)),
-    element("td", {}, peer.device),
+    element("td", {}, peer.device, peer.flops_per_s === null ? null : element("span", { class: "endpoint" }, withUnit(peer.flops_per_s, "FLOP/s"))),
+    linkCell(peer, chi),
     element("td", { class: "number", "data-label": "Tokens/s" }, compact(peer.throughput_tokens_per_s)),
     element("td", { class: "number", "data-label": "Rows waiting" }, compact(peer.queued_rows)));
+}
+
+function linkCell({ up_bits_per_s, down_bits_per_s, latency_ms }, chi) {
+  const narrower = up_bits_per_s === null ? null : Math.min(up_bits_per_s, down_bits_per_s);
+  const title = narrower === null ? "not measured" : `${withUnit(up_bits_per_s, "bit/s")} up, ${withUnit(down_bits_per_s, "bit/s")} down, `
+    + `${Number(latency_ms.toPrecision(3))} ms there and back` + (chi === null ? "" : `; chi ${Number(chi.chi.toPrecision(2))}`);
+  return element("td", { class: "number", "data-label": "Link allows", title },
+    element("span", { class: chi !== null && chi.utilisation < LOW_UTILISATION ? "low" : null }, chi === null ? "–" : percent(chi.utilisation)),
+    narrower === null ? null : element("span", { class: "endpoint" }, withUnit(narrower, "bit/s")));
 }
 
 function uidsInWords(uids) {

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from coordinator.settings import StatusSettings
 from peer.bootstrap import JoinAddress, parse_join
+from peer.chi import percent
 from peer.errors import BadConfiguration
 from peer.event_loop import EventLoopThread
 from peer.identity import Identity
@@ -44,12 +45,15 @@ def in_words(state: SwarmState) -> Iterable[str]:
     served = len(state.experts) - len(state.uncovered)
     yield f"run {state.name} ({state.run}): {served} of {len(state.experts)} experts served"
     yield ""
-    yield f"{'peer':<{_SHORT}}  {'state':<8}  {'experts':>7}  {'tokens/s':>9}  {'device':<8}  endpoint"
+    busy = {told.peer_id: percent(told.utilisation) for kind in state.expert_kinds for told in kind.peers}
+    columns = f"{'experts':>7}  {'tokens/s':>9}  {'link allows':>11}  {'device':<8}"
+    yield f"{'peer':<{_SHORT}}  {'state':<8}  {columns}  endpoint"
     for peer in state.peers:
         state_and_flags = " ".join([peer.state, *peer.flags])
         yield (
             f"{peer.peer_id[:_SHORT]}  {state_and_flags:<8}  {len(peer.experts):>7}  "
-            f"{peer.throughput_tokens_per_s:>9.0f}  {_printable(peer.device):<8}  {_printable(peer.endpoint)}"
+            f"{peer.throughput_tokens_per_s:>9.0f}  {busy.get(peer.peer_id, 'unknown'):>11}  "
+            f"{_printable(peer.device):<8}  {_printable(peer.endpoint)}"
         )
     for trainer in state.trainers:
         loss = "no loss yet" if trainer.loss is None else f"{trainer.loss:.3f} bits per byte"

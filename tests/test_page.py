@@ -12,7 +12,7 @@ from peer.event_feed import EventFeed, event_bytes
 from peer.http_api import Health, HttpContent, HttpServer
 from peer.swarm_state import SwarmState
 from tests.browser import CHROMIUM, Page, chromium_page
-from tests.swarm_scenes import peer, peer_id, scene, trainer
+from tests.swarm_scenes import peer, peer_id, rates, scene, trainer
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 LIVE = "document.querySelector('#link')?.dataset.link === 'live'"
@@ -105,6 +105,36 @@ class TestInABrowser:
         assert peer_id("bob")[:8] in explained
         assert (rows, loss, title) == (3, "4.50", "six · swarmoe")
         assert page.complaints == []
+
+    async def test_it_shows_what_each_link_lets_its_device_do(self, page: Page) -> None:
+        shown = Shown()
+        shown.see(
+            scene(
+                peer("ada", rates=rates(0.04)),
+                peer("bob", rates=rates(0.55)),
+                peer("cyd", rates=rates(12)),
+                peer("dan"),
+            )
+        )
+        async with await shown.serve() as server:
+            await page.open(f"http://{server.address}/")
+            await page.until(LIVE)
+
+            told = await page.evaluate(
+                "Object.fromEntries([...document.querySelectorAll('#peers tbody tr')].map((row) =>"
+                " [row.cells[0].title, [row.cells[4].firstChild.textContent, row.cells[4].firstChild.className]]))"
+            )
+            title = await page.evaluate("document.querySelector('.low').parentNode.title")
+            median = await page.evaluate("document.querySelector('#peers-aside').textContent")
+
+        assert told == {
+            peer_id("ada"): ["4 %", "low"],
+            peer_id("bob"): ["55 %", ""],
+            peer_id("cyd"): ["100 %", ""],
+            peer_id("dan"): ["\N{EN DASH}", ""],
+        }
+        assert title == "1.24 Mbit/s up, 12.4 Mbit/s down, 23 ms there and back; chi 0.04"
+        assert median.startswith("4 known; links let devices be busy 55 % of the time")
 
     async def test_what_members_say_is_text_and_never_markup(self, page: Page) -> None:
         shown = Shown()

@@ -3,16 +3,18 @@ import pytest
 from coordinator.status import in_words
 from peer.errors import CouldNotListen
 from peer.reachable import listen_ip, reachable_address
-from tests.swarm_scenes import peer, peer_id, scene, trainer
+from tests.swarm_scenes import peer, peer_id, rates, scene, trainer
 
 
 def test_status_names_who_serves_and_what_nobody_serves() -> None:
-    state = scene(peer("ada", "0.0", "0.1"), trainers=[trainer("tim", step=3, loss=4.5), trainer("tom")])
+    ada, bob = peer("ada", "0.0", "0.1", rates=rates(0.04)), peer("bob")
+    state = scene(ada, bob, trainers=[trainer("tim", step=3, loss=4.5), trainer("tom")])
 
     text = "\n".join(in_words(state))
 
     assert "2 of 6 experts served" in text
     assert peer_id("ada")[:8] in text
+    assert text.count("  4 %  ") == text.count("  unknown  ") == 1
     assert "step 3, 4.500 bits per byte" in text
     assert "no loss yet" in text
     assert text.endswith("uncovered: 0.2 1.0 1.1 1.2")
