@@ -5,6 +5,7 @@ Knows shapes and costs. Knows nothing of runs, devices or how experts learn. L s
 
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,7 +95,7 @@ class ExpertKind:
         if self.formula is not None:
             return self.formula(nn.functional.linear, x, *weights.values())
         inputs = (x,) if lengths_L is None else (x, lengths_L)
-        return functional_call(_template(self, shape), dict(weights), inputs)
+        return functional_call(_module_of_thread(self, shape, threading.get_ident()), dict(weights), inputs)
 
 
 _kinds: dict[str, ExpertKind] = {}
@@ -166,14 +167,24 @@ _MEASURED_CONTEXT = 8
 
 @lru_cache(maxsize=64)
 def _template(kind: ExpertKind, shape: ExpertShape) -> nn.Module:
-    """The module without storage: its shapes, and its forward for `functional_call`."""
-    with torch.device("meta"):
-        module = kind.build(shape).eval()
+    """The module without storage: its shapes."""
+    module = _without_storage(kind, shape)
     if next(module.buffers(), None) is not None:
         raise ValueError(f"expert kind {kind.name!r} has buffers, which are neither learned nor saved; use parameters")
     if next(module.parameters(), None) is None:
         raise ValueError(f"expert kind {kind.name!r} has no parameters, so there is nothing to host")
     return module
+
+
+@lru_cache(maxsize=64)
+def _module_of_thread(kind: ExpertKind, shape: ExpertShape, thread: int) -> nn.Module:
+    """Its forward for `functional_call`, which puts the weights into the module while it runs: one for each thread."""
+    return _without_storage(kind, shape)
+
+
+def _without_storage(kind: ExpertKind, shape: ExpertShape) -> nn.Module:
+    with torch.device("meta"):
+        return kind.build(shape).eval()
 
 
 @lru_cache(maxsize=64)

@@ -1,12 +1,14 @@
 """Expert kinds by name: what is built in, what a user registers, what is refused."""
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experts.kinds import ffn
 from experts.registry import expert_kind, expert_kinds, register_expert
@@ -109,6 +111,29 @@ def test_a_module_with_buffers_or_without_parameters_cannot_be_hosted() -> None:
         expert_kind("has_buffers").parameter_shapes(NARROW)
     with pytest.raises(ValueError, match="has no parameters"):
         expert_kind("has_nothing").parameter_shapes(NARROW)
+
+
+def test_threads_that_run_the_same_module_keep_to_their_own_weights() -> None:
+    both_are_in = threading.Barrier(2)
+
+    @register_expert("waits_for_company")
+    class WaitsForCompany(nn.Module):
+        def __init__(self, dim: int, hidden: int) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x_ND: Tensor) -> Tensor:
+            both_are_in.wait(timeout=10)
+            return x_ND * self.scale
+
+    kind = expert_kind("waits_for_company")
+
+    with ThreadPoolExecutor(2) as threads:
+        outs = threads.map(
+            lambda scale: kind.apply(NARROW, torch.ones(1, 4), {"scale": torch.tensor([scale])}), (2.0, 3.0)
+        )
+
+    assert [out_ND[0, 0].item() for out_ND in outs] == [2.0, 3.0]
 
 
 def test_an_installed_package_offers_a_kind_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

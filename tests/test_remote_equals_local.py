@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import pytest
 from torch import Tensor
 
-from experts.settings import ExpertOptimizerSettings
+from experts.settings import ExpertOptimizerSettings, ExpertShape
 from experts.state import ExpertState
 from experts.uid import ExpertUid
 from peer.manifest import RunManifest, TrunkOptimizerSettings
-from tests.swarm import MemorySwarm, local_experts, local_states, local_training_loop, tiny_run, training_loop
+from tests.swarm import DIM, MemorySwarm, local_experts, local_states, local_training_loop, tiny_run, training_loop
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def losses_of_three_peers(
         losses = [loss_of(loop.step(step)) for step in range(STEPS)]
         counts = loop.ledger.read()
         assert counts.pairs["lost"] == counts.backwards["lost"] == 0
-        assert counts.calls["sent"] == counts.backwards["sent"] == STEPS * manifest.moe_layers * 3
+        assert counts.calls["sent"] == counts.backwards["sent"] <= STEPS * manifest.moe_layers * 3
         return losses, loop.model.state_dict(), swarm.states()
 
 
@@ -65,8 +65,13 @@ def test_with_adamw_the_losses_of_twenty_steps_are_equal() -> None:
     assert here[-1] < here[0]
 
 
-def test_with_sgd_every_parameter_is_equal_as_well() -> None:
-    manifest = tiny_run(optimizer=SGD, trunk=ALMOST_SGD)
+@pytest.mark.parametrize(
+    "expert",
+    [ExpertShape(dim=DIM, hidden=24), ExpertShape(kind="stack", dim=DIM, hidden=24, blocks=2)],
+    ids=lambda shape: shape.kind,
+)
+def test_with_sgd_every_parameter_is_equal_as_well(expert: ExpertShape) -> None:
+    manifest = tiny_run(expert=expert, optimizer=SGD, trunk=ALMOST_SGD)
 
     here, trunk_here, experts_here = losses_here(manifest)
     remote, trunk_remote, experts_remote = losses_of_three_peers(manifest)
