@@ -108,11 +108,6 @@ class ExpertHost:
         return self._compute.kept_bytes
 
     @property
-    def recomputed_backwards(self) -> int:
-        """Backward passes whose outputs had to be computed again; readable from any thread."""
-        return self._compute.kept_counts.passes_recomputed
-
-    @property
     def kept_inputs(self) -> KeptInputsCounts:
         """What keeping inputs was good for; readable from any thread."""
         return replace(self._compute.kept_counts)

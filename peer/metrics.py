@@ -24,11 +24,7 @@ class PeerCollector(Collector):
         yield GaugeMetricFamily("swarmoe_hosted_experts", "Experts this peer hosts.", value=len(statuses))
         yield GaugeMetricFamily("swarmoe_queued_rows", "Rows waiting for the device.", value=self._host.queued_rows)
         yield GaugeMetricFamily("swarmoe_kept_bytes", "Memory waiting for backwards.", value=self._host.kept_bytes)
-        yield CounterMetricFamily(
-            "swarmoe_recomputed_backwards",
-            "Backwards whose outputs were computed again.",
-            value=self._host.recomputed_backwards,
-        )
+        yield from self._kept_inputs()
         served = CounterMetricFamily("swarmoe_rows_served", "Rows answered in training.", labels=["uid"])
         steps = CounterMetricFamily("swarmoe_expert_steps", "Optimiser steps taken.", labels=["uid"])
         for status in statuses:
@@ -37,6 +33,26 @@ class PeerCollector(Collector):
         yield served
         yield steps
         yield from self._measured()
+
+    def _kept_inputs(self) -> Iterable[Metric]:
+        """What keeping inputs between a forward and its backward is good for."""
+        counts = self._host.kept_inputs
+        backwards = CounterMetricFamily(
+            "swarmoe_gradients_only_backwards", "Backwards that sent no inputs.", labels=["inputs"]
+        )
+        backwards.add_metric(["kept"], counts.used)
+        backwards.add_metric(["missing"], counts.missed)
+        yield backwards
+        text = "What these backwards did not have to send twice."
+        yield CounterMetricFamily("swarmoe_bytes_not_sent_twice", text, value=counts.uplink_bytes_saved)
+        rows = CounterMetricFamily(
+            "swarmoe_backward_rows", "Rows that went back, by where outputs came from.", labels=["outputs"]
+        )
+        rows.add_metric(["graph"], counts.rows_from_graph)
+        rows.add_metric(["recomputed"], counts.rows_recomputed)
+        yield rows
+        text = "Backward passes whose outputs were computed again."
+        yield CounterMetricFamily("swarmoe_recomputed_backwards", text, value=counts.passes_recomputed)
 
     def _measured(self) -> Iterable[Metric]:
         """What was measured at the start; nothing where that failed."""

@@ -60,11 +60,17 @@ async def test_kept_bytes_and_backwards_computed_again_are_told(host: ExpertHost
         told_kept_bytes.append(registry.get_sample_value("swarmoe_kept_bytes"))
     for number in (1, 2):  # by the second, the first has changed the expert
         await answer(host, Method.BACKWARD, call_of(number, Role.GRADIENTS))
+    await answer(host, Method.BACKWARD, call_of(3, Role.GRADIENTS))  # which had no forward
 
     assert told_kept_bytes[0]
     assert told_kept_bytes[1] == 2 * told_kept_bytes[0]
     assert registry.get_sample_value("swarmoe_kept_bytes") == 0
     assert registry.get_sample_value("swarmoe_recomputed_backwards_total") == 1
+    assert registry.get_sample_value("swarmoe_backward_rows_total", {"outputs": "graph"}) == 6
+    assert registry.get_sample_value("swarmoe_backward_rows_total", {"outputs": "recomputed"}) == 6
+    assert registry.get_sample_value("swarmoe_bytes_not_sent_twice_total") == 2 * X_ND.nbytes
+    assert registry.get_sample_value("swarmoe_gradients_only_backwards_total", {"inputs": "kept"}) == 2
+    assert registry.get_sample_value("swarmoe_gradients_only_backwards_total", {"inputs": "missing"}) == 1
     assert registry.get_sample_value("swarmoe_rows_served_total", {"uid": "0.0"}) == 12
     assert registry.get_sample_value("swarmoe_expert_steps_total", {"uid": "0.0"}) == 2
 
