@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from experts.bank import ExpertBank, ExpertState
+from experts.registry import expert_kind
 from experts.settings import ExpertOptimizerSettings, ExpertShape
 from experts.snapshots import SnapshotFolder
 from experts.uid import ExpertUid
@@ -261,7 +262,14 @@ class MemorySwarm(AbstractContextManager["MemorySwarm"]):
         return view_of(snapshot, layer, self.manifest.experts_per_layer, self.experts.absences)
 
     def moe(self, layer: int = 0) -> MoELayer:
-        return MoELayer(layer, router_for(self.manifest, layer), self.experts, self.view, timeout_s=60.0)
+        return MoELayer(
+            layer,
+            router_for(self.manifest, layer),
+            self.experts,
+            self.view,
+            timeout_s=60.0,
+            whole_sequences=expert_kind(self.manifest.expert.kind).is_sequence_level,
+        )
 
     def num_calls(self, peer: SwarmPeer, method: Method) -> int:
         return self.faults.num_calls(peer.peer_id, method)
