@@ -16,7 +16,6 @@ from typing import Any, Self, TypeVar
 import torch
 
 from experts.bank import ExpertBank, ExpertState
-from experts.registry import expert_kind
 from experts.settings import ExpertOptimizerSettings, ExpertShape
 from experts.snapshots import SnapshotFolder
 from experts.uid import ExpertUid
@@ -52,7 +51,7 @@ from trainer.moe import MoELayer
 from trainer.remote_experts import Experts, RemoteExperts
 from trainer.routing.view import View
 from trainer.scope import MicroBatch, StepScope
-from trainer.swarm import router_for, view_of
+from trainer.swarm import router_for, sees_sequences, view_of
 
 T = TypeVar("T")
 
@@ -268,7 +267,7 @@ class MemorySwarm(AbstractContextManager["MemorySwarm"]):
             self.experts,
             self.view,
             timeout_s=60.0,
-            whole_sequences=expert_kind(self.manifest.expert.kind).is_sequence_level,
+            whole_sequences=sees_sequences(self.manifest),
         )
 
     def num_calls(self, peer: SwarmPeer, method: Method) -> int:

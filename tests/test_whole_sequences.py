@@ -7,12 +7,13 @@ from torch import Tensor
 from experts.registry import expert_kind
 from experts.settings import ExpertShape
 from experts.uid import ExpertUid
+from peer.errors import BadConfiguration
 from peer.manifest import RunManifest
 from tests.swarm import DIM, PER_LAYER, local_experts, local_states, seeded, tiny_run
 from trainer.local_experts import LocalExperts
 from trainer.moe import MoELayer
 from trainer.routing.view import View
-from trainer.swarm import router_for
+from trainer.swarm import router_for, sees_sequences
 
 BLOCK = ExpertShape(kind="block", dim=DIM, hidden=24)
 X_BSD = torch.randn(3, 5, DIM, generator=seeded(0))
@@ -85,6 +86,11 @@ def test_a_spread_plan_keeps_sequences_together_and_says_their_lengths() -> None
     assert torch.equal(plan.token_N.view(-1, 5), routed.token_N[:, None] * 5 + torch.arange(5))
     assert torch.equal(plan.weights_N.view(-1, 5), routed.weights_N[:, None].expand(-1, 5))
     assert [slot for slot, _ in plan.groups()] == [slot for slot, _ in routed.groups()]
+
+
+def test_a_kind_that_is_not_installed_here_is_said_to_be_so() -> None:
+    with pytest.raises(BadConfiguration, match="lacks: expert kind 'of_others' is not known"):
+        sees_sequences(tiny_run(expert=ExpertShape(kind="of_others", dim=DIM, hidden=24)))
 
 
 @pytest.mark.parametrize("shape", [(DIM,), (7, DIM), (2, 5, DIM), (2, 3, 4, DIM), (0, 4, DIM)], ids=str)

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 
-from experts.registry import expert_kind
 from peer.manifest import RunManifest
 from trainer.model import TransformerLM
 from trainer.moe import MoELayer
 from trainer.remote_experts import Experts
 from trainer.routing.view import View
-from trainer.swarm import router_for
+from trainer.swarm import router_for, sees_sequences
 from trainer.trunk_optimizer import TrunkOptimizer
 
 
@@ -23,7 +22,7 @@ def build_model(manifest: RunManifest, experts: Experts, view: Callable[[int], V
             experts,
             view,
             timeout_s=manifest.wire.step_timeout_s,
-            whole_sequences=expert_kind(manifest.expert.kind).is_sequence_level,
+            whole_sequences=sees_sequences(manifest),
         )
 
     return TransformerLM(manifest.model, moe_layers=manifest.moe_layers, make_moe=make_moe, seed=manifest.seed)

@@ -14,6 +14,7 @@ import torch
 
 from experts.registry import expert_kind
 from peer.bootstrap import parse_join
+from peer.errors import BadConfiguration
 from peer.event_loop import EventLoopThread
 from peer.held import Held
 from peer.identity import Identity
@@ -137,8 +138,16 @@ class RemoteMoE(MoELayer):
             swarm.experts,
             swarm.view,
             timeout_s=manifest.wire.step_timeout_s,
-            whole_sequences=expert_kind(manifest.expert.kind).is_sequence_level,
+            whole_sequences=sees_sequences(manifest),
         )
+
+
+def sees_sequences(manifest: RunManifest) -> bool:
+    """Whether the run's experts see sequences. BadConfiguration when their kind is not installed here."""
+    try:
+        return expert_kind(manifest.expert.kind).is_sequence_level
+    except ValueError as error:
+        raise BadConfiguration(f"this run's experts are of a kind that this installation lacks: {error}") from None
 
 
 def router_for(manifest: RunManifest, layer: int, *, preset: str | None = None) -> Router:
