@@ -107,7 +107,6 @@ class Series:
             unlimited_per_s.append(self._tokens_per_s(self.unlimited_per_s, mbit=None))
             expected_per_s = unlimited_per_s[-1] * min(1.0, mbit / self.needed_mbit())
             ratios.append(self._tokens_per_s(expected_per_s, mbit=mbit) / unlimited_per_s[-1])
-            bytes_ratio = self._bytes_per_token() / (4 * self._dim * CODECS[self._codec])
         self.unlimited_per_s = statistics.median(unlimited_per_s)
         kind = expert_kind(self._run.expert.kind)
         return Point(
@@ -118,7 +117,7 @@ class Series:
             gflops=3 * kind.flops_per_token(self._run.expert, context=CONTEXT) * self.unlimited_per_s / 1e9,
             chi=Chi(mbit, self.needed_mbit()).value,
             utilisation=statistics.median(ratios),
-            bytes_ratio=bytes_ratio,
+            bytes_ratio=self._bytes_per_token() / (4 * self._dim * CODECS[self._codec]),
         )
 
     def _tokens_per_s(self, expected_per_s: float, *, mbit: float | None) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from benchmarks.one_peer import OnePeer, Stage, one_peer, parts_per_s
 from experts.settings import ExpertOptimizerSettings, ExpertShape
@@ -50,16 +50,20 @@ class Chain:
 
     def __init__(self, peer: OnePeer) -> None:
         self._peer = peer
-        self._layers = nn.ModuleList(peer.layer(layer) for layer in range(NUM_LAYERS))
+        self._layers = [peer.layer(layer) for layer in range(NUM_LAYERS)]
         self.num_tokens = 256
 
     def micro_batch(self, part_done: Callable[[], None]) -> None:
         """Forward and backward; a part is done with every call."""
+
+        def gradient_known(_: Tensor) -> None:
+            part_done()
+
         x_TD = torch.randn(self.num_tokens, DIM, requires_grad=True)
         for layer in self._layers:
             x_TD = layer(x_TD)
             assert layer.metrics.pairs_answered == layer.metrics.pairs_sent, "a pair was lost: nothing was measured"
-            x_TD.register_hook(lambda _: part_done())  # the layer after this one, or the loss, has been backward
+            x_TD.register_hook(gradient_known)  # when the layer after this one, or the loss, has been backward
             part_done()
         x_TD.square().mean().backward()
 
