@@ -13,12 +13,14 @@ class Gate(Protocol):
 
 
 def softmax(logits_TE: Tensor, alive_E: Tensor) -> Tensor:
-    """Experts compete; the living sum to 1."""
-    # Where nobody lives nobody is shut out either: no 0 / 0, not even in between; the product makes it zero. Added and
-    # multiplied rather than filled in: over thousands of experts a broadcast masked_fill takes five times as long.
-    is_out_E = ~alive_E & alive_E.any()
-    shut_out_E = torch.zeros_like(alive_E, dtype=logits_TE.dtype).masked_fill_(is_out_E, -torch.inf)
-    return (logits_TE + shut_out_E).softmax(dim=-1) * alive_E.to(logits_TE.dtype)
+    """Experts compete; the living sum to 1. Waits for the device."""
+    # Over thousands of experts every pass over (T, E) counts, and a broadcast masked_fill for five of them.
+    num_live = int(alive_E.sum())
+    if num_live == 0:
+        return logits_TE * 0.0  # no 0 / 0, and still a way back
+    if num_live < len(alive_E):
+        logits_TE = logits_TE + torch.zeros_like(alive_E, dtype=logits_TE.dtype).masked_fill_(~alive_E, -torch.inf)
+    return logits_TE.softmax(dim=-1)
 
 
 def sigmoid(logits_TE: Tensor, alive_E: Tensor) -> Tensor:
