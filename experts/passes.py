@@ -83,6 +83,8 @@ def gradients(graph: Graph, grad_out_ND: Tensor) -> tuple[Tensor, list[Tensors]]
     owned: list[Tensor] = []
     for gradient in stacked:
         storage = gradient.untyped_storage().data_ptr()
-        owned.append(gradient.to(torch.float32, copy=storage in lent, memory_format=torch.contiguous_format))
+        precise = gradient.float()  # a copy already where the weights that compute are rounded
+        is_lent = storage in lent and precise is gradient
+        owned.append(precise.clone(memory_format=torch.contiguous_format) if is_lent else precise.contiguous())
         lent.add(storage)
     return grad_x_ND, list(zip(*owned, strict=True))

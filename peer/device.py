@@ -37,7 +37,7 @@ def choose_device(name: DeviceName) -> tuple[torch.device, str]:
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where a GPU has it; weights and gradients stay float32 anyway. CPUs and MPS are no faster for it."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32
 
 

@@ -35,6 +35,18 @@ class Residual(nn.Module):
         return torch.tanh(x_ND + self.outer(F.relu(self.inner(x_ND))) + (self.shift + self.offset))
 
 
+@register_expert("scaled_by_a_sum")
+class ScaledBySum(nn.Module):
+    """Autograd gives its weight one number, expanded."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden) / hidden)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return x_ND * self.weight.sum()
+
+
 WAYS = [("ffn", False), ("ffn", True), ("swiglu", False), ("swiglu", True), ("residual_of_a_user", False)]
 
 
@@ -145,6 +157,21 @@ def test_an_expert_waits_for_its_threshold_and_divides_by_all_loss_tokens_it_gat
     assert due.versions == {A: 1}
     assert apart.state(A).clock == Clock(version=1, rows_learned=6)
     torch.testing.assert_close(dict(apart.state(A).weights), dict(together.state(A).weights), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_one_number_expanded_is_gathered_and_stepped(dtype: torch.dtype) -> None:
+    shape = ExpertShape(kind="scaled_by_a_sum", dim=DIM, hidden=16)
+    bank = ExpertBank(shape, ExpertOptimizerSettings(step_tokens=4), device=CPU, seed=5, compute_dtype=dtype)
+    bank.add(A)
+    for _ in range(2):
+        pass_ = bank.forward(torch.ones(2, DIM), (A,), (2,), keep_graph=True)
+        bank.backward(pass_, torch.ones(2, DIM), loss_tokens=1.0)
+
+    steps = bank.step((A,))
+
+    assert steps.versions == {A: 1}
+    assert bool((bank.state(A).weights["weight"] < 1 / 16).all())
 
 
 def test_the_callers_gradient_is_not_written_to(way: tuple[str, bool]) -> None:
