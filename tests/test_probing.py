@@ -112,11 +112,13 @@ def test_a_link_too_slow_for_the_smallest_probe_is_not_measured() -> None:
 
 async def test_a_probe_crosses_a_real_socket() -> None:
     world = grpc_world()
-    peer, caller = await world.serving(ProbeAnswerer().answer), world.member()
+    try:
+        peer, caller = await world.serving(ProbeAnswerer().answer), world.member()
 
-    link = await measure_link(caller.transport, peer.endpoint, timeout_s=10)
+        link = await measure_link(caller.transport, peer.endpoint, timeout_s=10)
+    finally:
+        await world.close()
 
-    await world.close()
     assert link.bits_per_s > 1e6
     assert link.latency_ms < 1000
 
@@ -175,11 +177,34 @@ async def test_chunks_without_end_are_refused_at_the_bound(way: tuple[Member, Me
 
 
 @pytest.mark.hostile
-async def test_nobody_holds_a_place_for_long(way: tuple[Member, Member]) -> None:
-    caller, peer = way
+def test_nobody_holds_a_place_for_long() -> None:
+    """Neither by sending nothing nor by not reading."""
 
-    with pytest.raises(RequestRejected, match="at most 10 s"):
-        await ask(caller, peer.endpoint, sending(header()), method=Method.PROBE, timeout_s=MAX_PROBE_S + 5)
+    async def silent() -> AsyncIterator[Frame]:
+        yield header()
+        await asyncio.Event().wait()
+
+    async def hold_all() -> float:
+        answerer = ProbeAnswerer()
+        world = World(MemoryNetwork().transport)
+        peer, caller = await world.serving(answerer.answer), world.member()
+        clock = asyncio.get_running_loop().time
+        context = CallContext(caller.identity.peer_id, deadline_s=clock() + 600)
+        unread = [answerer.answer(sending(header(MAX_PROBE_BYTES)), context) for _ in range(MAX_PROBES_AT_ONCE - 1)]
+        for replies in unread:
+            await anext(replies)
+        started_s = clock()
+        unsent = asyncio.create_task(ask(caller, peer.endpoint, silent(), method=Method.PROBE, timeout_s=100))
+        await asyncio.sleep(1)
+        with pytest.raises(PeerOverloaded):
+            await ask(caller, peer.endpoint, sending(header()), method=Method.PROBE)
+        with pytest.raises(DeadlineExceeded):
+            await unsent
+        cut_off_after_s = clock() - started_s
+        assert await ask(caller, peer.endpoint, sending(header()), method=Method.PROBE) == [END]
+        return cut_off_after_s
+
+    assert run_virtual(hold_all()) == pytest.approx(MAX_PROBE_S)
 
 
 @pytest.mark.hostile
