@@ -76,6 +76,8 @@ class EmulatedTransport:
         self, endpoint: Endpoint, method: Method, frames: AsyncIterable[Frame], *, timeout_s: float
     ) -> AsyncGenerator[Frame]:
         """See `Transport`."""
+        if timeout_s <= 0:
+            raise DeadlineExceeded("no time left", peer_id=endpoint.peer_id, method=method.value)
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         is_lost = method is not Method.PROBE and self._rng.random() < self._answer_loss
         sent = _sending(frames, self.up.stream())
