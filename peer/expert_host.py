@@ -19,7 +19,7 @@ from experts.snapshots import SnapshotFolder
 from experts.uid import ExpertUid
 from peer.call_queue import CallQueue, Declined
 from peer.compute_thread import ComputeThread, Part
-from peer.device import compute_dtype, free_memory_bytes
+from peer.device import Footprint, compute_dtype, free_memory_bytes
 from peer.expert_compute import ExpertCompute, Memory
 from peer.kept_inputs import KeptInputsCounts
 from peer.manifest import RunManifest
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _KEPT_SHARE = 0.25
-"""Of the memory that is free at start, for kept inputs; a sixteenth of it for kept replies."""
+"""Of the memory that the experts leave, for kept inputs; a sixteenth of it for kept replies."""
 _QUEUE_SHARE = 0.0625
 """Of the free main memory, for the tensors of calls that wait."""
 MAX_QUEUED_ROWS = 1 << 20
@@ -57,23 +57,22 @@ class ExpertHost:
         self.max_experts = max_experts
         self._manifest = manifest
         self._snapshots = snapshots
-        free_bytes = free_memory_bytes(device)
+        dtype = compute_dtype(device)
         bank = ExpertBank(
-            manifest.expert,
-            manifest.expert_optimizer,
-            device=device,
-            seed=manifest.seed,
-            compute_dtype=compute_dtype(device),
+            manifest.expert, manifest.expert_optimizer, device=device, seed=manifest.seed, compute_dtype=dtype
         )
+        num_experts = min(max_experts, manifest.moe_layers * manifest.experts_per_layer)
+        experts_bytes = num_experts * Footprint.of(manifest, dtype).bytes_per_expert
+        kept_bytes = int(max(0, free_memory_bytes(device) - experts_bytes) * _KEPT_SHARE)
         self._compute = ExpertCompute(
             bank,
             device=device,
             max_staleness=manifest.wire.max_staleness,
             longest_sequence=manifest.model.context,
             memory=Memory(
-                kept_bytes=int(free_bytes * _KEPT_SHARE),
+                kept_bytes=kept_bytes,
                 kept_lifetime_s=2 * manifest.wire.step_timeout_s,
-                reply_bytes=int(free_bytes * _KEPT_SHARE / 16),
+                reply_bytes=kept_bytes // 16,
             ),
         )
         queue_bytes = int(free_memory_bytes(torch.device("cpu")) * _QUEUE_SHARE)

@@ -1,5 +1,7 @@
 """Transformer blocks as experts: each sequence for itself, no token sees the future or the padding."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from experts.grouped import run_one_by_one
 from experts.initial import initial_weights
 from experts.registry import ExpertKind, expert_kind, register_expert
 from experts.settings import ExpertOptimizerSettings, ExpertShape
-from experts.uid import ExpertUid, initial_seed
+from experts.snapshots import SnapshotFolder
+from experts.uid import ExpertUid, RunId, initial_seed
 
 A, B, C = (ExpertUid(0, index) for index in range(3))
 UIDS, COUNTS, LENGTHS = (B, A, C), (9, 0, 7), (4, 2, 3, 6, 1)
@@ -214,3 +217,19 @@ def test_a_kind_that_sees_sequences_is_known_as_one() -> None:
     kinds: dict[str, ExpertKind] = {name: expert_kind(name) for name in ("ffn", "swiglu", *KINDS)}
 
     assert [name for name, kind in kinds.items() if kind.is_sequence_level] == KINDS
+
+
+def test_a_stack_comes_back_from_its_snapshot_exactly_as_it_was(tmp_path: Path) -> None:
+    origin, other = bank_of("stack"), bank_of("stack")
+    for bank in (origin, other):
+        pass_ = bank.forward(rows(5), (A,), (5,), keep_graph=True, lengths=(2, 3))
+        bank.backward(pass_, rows(5, 1), loss_tokens=1.0)
+    origin.step((A,))
+    SnapshotFolder(tmp_path).save({A: origin.state(A)}, RunId("a" * 32))
+
+    other.load(A, SnapshotFolder(tmp_path).load_newest(RunId("a" * 32)).states[A])
+
+    x_ND = rows(5, 2)
+    expected_ND = origin.forward(x_ND, (A,), (5,), keep_graph=False, lengths=(5,)).out_ND
+    assert other.version(A) == 1
+    assert torch.equal(other.forward(x_ND, (A,), (5,), keep_graph=False, lengths=(5,)).out_ND, expected_ND)
