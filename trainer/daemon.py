@@ -19,6 +19,7 @@ from peer.emulated_transport import emulate
 from peer.errors import BadConfiguration, TrainingGaveUp
 from peer.event_loop import EventLoopThread
 from peer.farewell import say_goodbye
+from peer.freed_memory import keep_freed_memory
 from peer.grpc_transport import GrpcTransport
 from peer.held import Held
 from peer.identity import Identity, StateFolder
@@ -49,6 +50,7 @@ _STOP_LOOK_EVERY_S = 0.5
 def run_trainer(settings: TrainSettings) -> int:
     """Train until the last step or a signal; returns the exit code. Raises SwarmError for what cannot go on."""
     limit_compute_threads()
+    keep_freed_memory()
     with stop_on_signals() as stop, StateFolder(settings.checkpoint_dir) as folder:
         identity = folder.identity()
         supervisor = DhtSupervisor.spawn()
