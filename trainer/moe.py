@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from trainer.ledger import Ledger
 from trainer.remote_experts import Experts
-from trainer.routing.plan import Plan
 from trainer.routing.router import Router
 from trainer.routing.view import View
 from trainer.scope import MicroBatch, StepScope, current_micro_batch
@@ -32,7 +31,20 @@ class LayerMetrics:
 @dataclass(frozen=True)
 class _Forward:
     loss: Tensor
-    metrics: LayerMetrics
+    token_N: Tensor
+    ok_N: Tensor
+    num_tokens: int
+    experts_alive: int
+
+    def measure(self) -> LayerMetrics:
+        """Counted when it is asked for, since that waits for the device and most forwards' counts nobody reads."""
+        answered_T = self.ok_N.new_zeros(self.num_tokens).index_fill_(0, self.token_N[self.ok_N], True)
+        return LayerMetrics(
+            pairs_sent=len(self.token_N),
+            pairs_answered=int(self.ok_N.sum()),
+            experts_alive=self.experts_alive,
+            tokens_without_answer=self.num_tokens - int(answered_T.sum()),
+        )
 
 
 class MoELayer(nn.Module):
@@ -75,7 +87,7 @@ class MoELayer(nn.Module):
     @property
     def metrics(self) -> LayerMetrics:
         """Counts of this thread's last forward."""
-        return self._of_last_forward().metrics
+        return self._of_last_forward().measure()
 
     def forward(self, x: Tensor) -> Tensor:
         """Blocks until the experts have answered or the deadline is over; never longer."""
@@ -90,10 +102,9 @@ class MoELayer(nn.Module):
             routed = plan = self.router(x_TD, view, seq_len=seq_len)
         out_ND, ok_N = self._experts.run(x_TD, plan, self.layer, micro_batch)
         y_TD = plan.combine(out_ND, ok_N)
-        self._last.forward = _Forward(self.router.loss(routed), _measure(plan, view.num_live, ok_N))
+        self._last.forward = _Forward(self.router.loss(routed), plan.token_N, ok_N, plan.num_tokens, view.num_live)
         if self.training and micro_batch.scope.train:
-            routed_ok_N = ok_N.view(-1, seq_len).all(1) if self._whole_sequences else ok_N
-            micro_batch.observe(lambda: self.router.observe(routed, routed_ok_N))
+            micro_batch.observe(lambda: self.router.learn(routed))
         return y_TD.reshape(x.shape)
 
     def _step_of_its_own(self) -> MicroBatch:
@@ -109,13 +120,3 @@ class MoELayer(nn.Module):
         if forward is None:
             raise RuntimeError("loss and metrics belong to this thread's last forward, and there was none")
         return forward
-
-
-def _measure(plan: Plan, experts_alive: int, ok_N: Tensor) -> LayerMetrics:
-    answered_T = plan.token_N.new_zeros(plan.num_tokens, dtype=torch.bool).index_fill_(0, plan.token_N[ok_N], True)
-    return LayerMetrics(
-        pairs_sent=plan.num_pairs,
-        pairs_answered=int(ok_N.sum()),
-        experts_alive=experts_alive,
-        tokens_without_answer=plan.num_tokens - int(answered_T.sum()),
-    )

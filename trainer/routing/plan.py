@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.routing.selection import Fate, Pairs, Scores
+from trainer.routing.weighted_sum import weighted_sum
 
 Norm = Literal["none", "planned", "responded"]
 """What weights are divided by, per token: nothing, the sum over the chosen, or over those who answered.
@@ -140,16 +141,23 @@ class Plan:
         if fill_ED is not None and self.norm == "responded":
             raise ValueError("weights normalised over the responses leave none for a fill; use norm='planned'")
         dtype = torch.promote_types(out_ND.dtype, self.weights_M.dtype)
-        rows = out_ND.to(dtype)
-        if ok_N is not None:
-            substitute = rows.new_zeros(()) if fill_ED is None else fill_ED.to(dtype)[self.expert_N]
-            rows = torch.where(ok_N[:, None], rows, substitute)
-        token, weights = self.token_N, self._weights_given(ok_N)
+        weights_N, token_N = self._weights_given(ok_N).to(dtype), self.token_N
+        if ok_N is None or bool(ok_N.all()):
+            y_TD = weighted_sum(out_ND.to(dtype), None, weights_N, token_N, num_tokens=self.num_tokens)
+        else:
+            row_A = ok_N.nonzero().squeeze(1)
+            y_TD = weighted_sum(out_ND.to(dtype), row_A, weights_N[row_A], token_N[row_A], num_tokens=self.num_tokens)
         if fill_ED is not None:
-            rows = torch.cat([rows, fill_ED.to(dtype)[self.chosen.expert_M[self.num_pairs :]]])
-            token, weights = self.chosen.token_M, self.weights_M
-        y_TD = rows.new_zeros(self.num_tokens, rows.shape[1]).index_add(0, token, rows * weights[:, None].to(dtype))
+            y_TD = y_TD + self._filled(fill_ED.to(dtype), ok_N)
         return y_TD.to(out_ND.dtype)
+
+    def _filled(self, fill_ED: Tensor, ok_N: Tensor | None) -> Tensor:
+        """What the pairs that were dropped or lost count as, (T, D)."""
+        is_missing_M = torch.ones_like(self.chosen.fate_M, dtype=torch.bool)
+        is_missing_M[: self.num_pairs] = False if ok_N is None else ~ok_N
+        missing = self.chosen.at(is_missing_M.nonzero().squeeze(1))
+        weights = self.weights_M[is_missing_M].to(fill_ED.dtype)
+        return weighted_sum(fill_ED, missing.expert_M, weights, missing.token_M, num_tokens=self.num_tokens)
 
     def _weights_given(self, ok_N: Tensor | None) -> Tensor:
         if self.norm != "responded":

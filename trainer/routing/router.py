@@ -18,7 +18,7 @@ class Router(nn.Module):
     """One layer's choice of experts for each token.
 
     `forward` changes nothing, so it may be repeated (recomputation, retries) and run in several threads: the same
-    tokens and view give the same plan. Everything that changes, changes in `observe`, after the step.
+    tokens and view give the same plan. Everything that changes, changes in `learn`, after the step.
     """
 
     draw_seed: Tensor
@@ -81,11 +81,15 @@ class Router(nn.Module):
             total = total if loss is None else total + loss
         return total
 
-    def observe(self, plan: Plan, ok_N: Tensor | None = None) -> Metrics:
+    def learn(self, plan: Plan) -> None:
         """Take note of a plan that was carried out: once per plan, after the step, from one thread at a time."""
         for term in self._balances():
             term.observe(plan)
         self.draw_seed = self.draw_seed + 1
+
+    def observe(self, plan: Plan, ok_N: Tensor | None = None) -> Metrics:
+        """`learn`, and say how evenly the plan used the experts, which waits for the device."""
+        self.learn(plan)
         return measure(plan, ok_N)
 
     def _prior(self, view: View, alive_E: Tensor) -> Tensor:
