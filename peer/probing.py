@@ -137,7 +137,7 @@ async def _bits_per_s(probe: Callable[[int, float], Awaitable[float]], *, latenc
         carrying_s = max(elapsed_s - latency_s, _LEAST_CARRYING * elapsed_s)
         measured = max(8 * size_bytes / carrying_s, measured if was_long else 0.0)
         is_long = carrying_s >= _LONG_ENOUGH_S
-        if (is_long and was_long) or size_bytes == MAX_PROBE_BYTES:
+        if (is_long and was_long) or (not is_long and size_bytes == MAX_PROBE_BYTES):
             return measured
         was_long = is_long
         if not is_long:

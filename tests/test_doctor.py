@@ -1,12 +1,19 @@
 """What the doctor says of machines, and that the look at this one is a look."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from coordinator.introducer import Introducer
+from peer.bootstrap import sign_manifest
 from peer.doctor import CHECKS, diagnose
+from peer.event_loop import EventLoopThread
+from peer.grpc_transport import GrpcTransport
+from peer.identity import Identity
 from peer.machine import Machine, SwarmSeen, look
 from peer.rates import Rates
 from peer.settings import DoctorSettings
@@ -138,6 +145,49 @@ def test_a_swarm_that_does_not_answer_is_reported_with_the_reason(closed_port: s
 
     assert machine.swarm is not None
     assert f"{closed_port}: cannot connect: " in str(machine.swarm.error)
+
+
+@pytest.fixture
+def coordinator() -> Iterator[str]:
+    """HOST:PORT/KEY of an introducer on a real socket."""
+    owner = Identity.generate()
+    manifest = SIX_EXPERTS.model_copy(update={"owner": owner.peer_id})
+
+    async def serve(transport: GrpcTransport) -> str:
+        introducer = Introducer(
+            owner,
+            certificate_der=transport.certificate_der,
+            signed_manifest=sign_manifest(owner, manifest),
+            dht_addresses=list,
+            software_version="test",
+        )
+        return (await transport.serve(introducer, "127.0.0.1:0")).address
+
+    with EventLoopThread() as loop:
+        transport = GrpcTransport(owner)
+        yield f"{loop.run(serve(transport), timeout_s=10)}/{owner.peer_id}"
+        loop.run(transport.close(), timeout_s=10)
+
+
+def test_the_way_to_a_swarm_and_the_device_on_its_experts_are_measured(coordinator: str) -> None:
+    machine = look(DoctorSettings(join=(coordinator,), device="cpu"))
+
+    checks = {check.name: check for check in diagnose(machine)}
+    assert machine.swarm is not None
+    assert machine.swarm.rates.link is not None
+    assert machine.swarm.rates.device is not None
+    assert checks["link"].status == "ok"
+    assert "bit/s up" in checks["link"].detail
+    assert checks["chi"].detail.startswith("swiglu experts of 128 x 16 at ")
+
+
+def test_a_device_that_is_not_here_is_an_error() -> None:
+    missing = "mps" if not torch.backends.mps.is_available() else "cuda"
+
+    checks = {check.name: check for check in diagnose(look(DoctorSettings(device=missing)))}
+
+    assert checks["device"].status == "error"
+    assert f"--device {missing}" in checks["device"].detail
 
 
 def test_a_folder_that_is_a_file_is_not_writable(tmp_path: Path) -> None:
