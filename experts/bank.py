@@ -262,7 +262,7 @@ class ExpertBank:
         busy = tuple(position for position, num_rows in enumerate(pass_.counts) if num_rows)
         grouped = self._grouped
         if grouped is None:
-            grouped = prefers_grouped(self._device, num_experts=len(busy), num_rows=pass_.x_ND.shape[0])
+            grouped = prefers_grouped(self._device, self._dtype, num_experts=len(busy), num_rows=pass_.x_ND.shape[0])
         if grouped and len(busy) > 1:
             return [busy]
         return [(position,) for position in busy]

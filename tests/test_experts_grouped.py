@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experts.grouped import can_group, run_grouped, run_one_by_one
+from experts.grouped import can_group, prefers_grouped, run_grouped, run_one_by_one
 from experts.registry import ExpertKind, expert_kind
 from experts.settings import ExpertShape
 
@@ -89,6 +89,15 @@ def test_gradcheck(name: str) -> None:
         return one_by_one(kind, x_ND, dict(zip(stacked, weights, strict=True)), counts)
 
     assert torch.autograd.gradcheck(run, (x_ND, *leaves), fast_mode=True)
+
+
+def test_a_gpu_groups_in_bfloat16_always_and_a_cpu_few_rows_only() -> None:
+    def prefers(device: str, dtype: torch.dtype, num_rows: int) -> bool:
+        return prefers_grouped(torch.device(device), dtype, num_experts=4, num_rows=num_rows)
+
+    assert [prefers("cuda", torch.bfloat16, num_rows) for num_rows in (4, 1 << 20)] == [True, True]
+    assert [prefers("cuda", torch.float32, num_rows) for num_rows in (4, 1 << 20)] == [False, False]
+    assert [prefers("cpu", torch.float32, num_rows) for num_rows in (4, 1 << 20)] == [True, False]
 
 
 def test_only_aligned_rows_of_at_most_32_bits_and_kinds_with_a_formula_are_grouped() -> None:
