@@ -83,11 +83,16 @@ class LayerHosts:
         return self.peer_ids[position] if position >= 0 else None
 
 
+_MAX_KNOWN_LAYERS = 256
+"""Answers kept: a step asks the same of every layer several times, until somebody says something new."""
+
+
 class Hosting:
     """The lines of all peers."""
 
     def __init__(self, lines: Mapping[PeerId, PeerLines]) -> None:
         self.lines = lines
+        self._known_layers: dict[tuple[int, int, frozenset[PeerId]], LayerHosts] = {}
         self.peer_ids = tuple(sorted(peer_id for peer_id, one in lines.items() if one.takes_calls or one.claims))
         parts = [lines[peer_id] for peer_id in self.peer_ids]
         lengths = [len(part.key_R) for part in parts]
@@ -127,6 +132,14 @@ class Hosting:
 
     def layer(self, layer: int, num_experts: int, *, without: Collection[PeerId] = ()) -> LayerHosts:
         """The first of each expert's hosts that takes calls and is not among those to do `without`."""
+        asked = layer, num_experts, frozenset(without)
+        if (known := self._known_layers.get(asked)) is not None:
+            return known
+        if len(self._known_layers) >= _MAX_KNOWN_LAYERS:
+            self._known_layers.clear()
+        return self._known_layers.setdefault(asked, self._look_up(*asked))
+
+    def _look_up(self, layer: int, num_experts: int, without: frozenset[PeerId]) -> LayerHosts:
         first, last = np.searchsorted(self._key_R, [layer << _INDEX_BITS, (layer << _INDEX_BITS) + num_experts])
         is_present_R = self._takes_calls_R[first:last]
         if without:

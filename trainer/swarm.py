@@ -7,6 +7,7 @@ with join("203.0.113.5:4700") as swarm:
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,7 @@ from peer.bootstrap import parse_join
 from peer.errors import BadConfiguration
 from peer.event_loop import EventLoopThread
 from peer.held import Held
+from peer.hosting import LayerHosts
 from peer.identity import Identity
 from peer.library_logging import log_like_a_library
 from peer.manifest import RunManifest
@@ -165,7 +167,12 @@ def router_for(manifest: RunManifest, layer: int, *, preset: str | None = None) 
 
 def view_of(snapshot: DirectorySnapshot, layer: int, num_experts: int, absences: Absences) -> View:
     """One layer as routers read it. An expert is alive when somebody whom we have not missed takes calls for it."""
-    hosts = snapshot.layer(layer, num_experts, without=absences.absent(snapshot))
+    return _view(layer, snapshot.layer(layer, num_experts, without=absences.absent(snapshot)))
+
+
+@lru_cache(maxsize=64)
+def _view(layer: int, hosts: LayerHosts) -> View:
+    """Made once for as long as nobody says anything new about hosting: the same hosts are then the same object."""
     return View.of(
         layer,
         torch.from_numpy(hosts.is_served_E),
