@@ -1,9 +1,10 @@
 """Which calls may wait, which of them run next, and together. Rules without a clock, a thread or a tensor.
 
-Callers take turns by rows (`fair_queue`), so that nobody starves another. Forwards and backwards take turns too, and a
-turn of backwards lasts while there are any: all of them go back through the experts as their forwards saw them, and
-the experts step once, at its end. A step after every backward would outdate the graphs of all the others: on one CPU
-core with four calls in flight (`ffn`, D 256, H 1024, one expert) the backwards then take 1.4 times as long.
+Callers take turns by rows (`fair_queue`), so that nobody starves another. Forwards and backwards take turns too. A turn
+of forwards is short, and a turn of backwards lasts while there are any: all of them go back through the experts as
+their forwards saw them, and the experts step once, at its end. A step after every backward would outdate the graphs of
+all the others: on one CPU core with four calls in flight (`ffn`, D 256, H 1024, one expert) the backwards then take 1.4
+times as long.
 
 Calls that are small for their experts run together as one pass. Measured as above, forward and backward of four calls
 together, against one by one with one step: 0.45 of the time at 1 row per expert and call, 0.7 at 32, 1.1 at 128, where
@@ -32,10 +33,13 @@ _TOGETHER_ROWS = 2048
 _QUANTUM_ROWS = 512
 _MAX_CALLS = 4096
 """However small they are."""
-_TURN_ROWS = 1 << 16
-"""A flood of backwards keeps the forwards waiting for this many rows, not for ever."""
-_TRAVEL_SHARE = 0.1
+_FORWARDS_TURN_S = 0.2
+"""Under overload backwards wait for this and no more, so that none of their forwards was computed in vain."""
+_BACKWARDS_TURN_S = 2.0
+"""A flood of backwards keeps the forwards waiting for so long, not for ever."""
+_TRAVEL_SHARE = 0.2
 """Of a call's time, set aside for its answer to be put together and to travel."""
+_TRAVEL_MOST_S = 0.5
 
 
 class Declined(Exception):
@@ -107,7 +111,7 @@ class CallQueue(Generic[T]):
     def start_by_s(self, call: Waiting[T], *, now_s: float) -> float:
         """Started later than this, its answer would come too late."""
         alone_s = self._pace.seconds(call.lane, call.num_rows)
-        return call.deadline_s - alone_s - _TRAVEL_SHARE * max(0.0, call.deadline_s - now_s)
+        return call.deadline_s - alone_s - min(_TRAVEL_MOST_S, _TRAVEL_SHARE * max(0.0, call.deadline_s - now_s))
 
     def withdraw(self, call: Waiting[T]) -> bool:
         """It is not wanted any more; False when it does not wait."""
@@ -153,19 +157,29 @@ class CallQueue(Generic[T]):
         if not self._lanes[other] or (self._lanes[self._turn] and self._turn_rows_left > 0):
             return
         self._turn = other
-        # Forwards that come during their own turn wait for the next: the backwards of those before them come first.
-        waiting_rows = self._lanes[Lane.FORWARD].num_rows
-        self._turn_rows_left = _TURN_ROWS if other is Lane.BACKWARD else min(_TURN_ROWS, waiting_rows)
+        turn_rows = self._pace.rows(other, _BACKWARDS_TURN_S if other is Lane.BACKWARD else _FORWARDS_TURN_S)
+        self._turn_rows_left = self._lanes[other].num_rows if turn_rows is None else turn_rows
 
     def _seconds_ahead(self, call: Waiting[T]) -> float:
-        """What the device does before it is done with what this caller has waiting, if all get the same share of it."""
-        own_s = self._seconds_of(call.caller)
-        share_s = own_s + self._pace.seconds(call.lane, call.num_rows)
-        callers = {caller for lane in self._lanes.values() for caller in lane.callers()} - {call.caller}
-        return own_s + sum(min(self._seconds_of(caller), share_s) for caller in callers)
+        """What the device does before it comes to this call, if all callers get the same share of it."""
+        callers = {caller for lane in self._lanes.values() for caller in lane.callers()}
+        own_s = self._seconds_of(call.caller, call.lane)
+        share_s = own_s + self._cost_s(call.lane, call.num_rows)
+        return own_s + sum(
+            min(self._seconds_of(caller, call.lane), share_s) for caller in callers if caller != call.caller
+        )
 
-    def _seconds_of(self, caller: Hashable) -> float:
-        return sum(self._pace.seconds(lane, queue.rows_of(caller)) for lane, queue in self._lanes.items())
+    def _seconds_of(self, caller: Hashable, lane: Lane) -> float:
+        """Of what a caller has waiting, as far as it is computed before a new call in this lane."""
+        backward_s = self._cost_s(Lane.BACKWARD, self._lanes[Lane.BACKWARD].rows_of(caller))
+        if lane is Lane.BACKWARD:
+            return backward_s
+        return backward_s + self._cost_s(Lane.FORWARD, self._lanes[Lane.FORWARD].rows_of(caller))
+
+    def _cost_s(self, lane: Lane, num_rows: int) -> float:
+        """A forward costs its backward too: it will come before the forwards behind it."""
+        backward_s = self._pace.seconds(Lane.BACKWARD, num_rows)
+        return backward_s if lane is Lane.BACKWARD else backward_s + self._pace.seconds(Lane.FORWARD, num_rows)
 
     def _make_room(self, call: Waiting[T]) -> list[Waiting[T]]:
         """Which forwards go so that this call fits. Raises Declined when it would be the call itself."""

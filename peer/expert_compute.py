@@ -111,6 +111,10 @@ class ExpertCompute:
         """Memory that waits for backwards."""
         return self._kept.size_bytes
 
+    def forget(self, key: CallKey) -> None:
+        """Let go of inputs whose backward was declined."""
+        self._kept.discard(key)
+
     def forget_expired(self, *, now_s: float) -> None:
         """Let go of inputs whose backward will not come. Training calls do so too."""
         self._kept.expire(now_s=now_s)

@@ -6,6 +6,7 @@ Knows neither the DHT nor gRPC. Belongs to the event loop; its compute thread do
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from peer.call_queue import CallQueue, Declined
 from peer.compute_thread import ComputeThread, Part
 from peer.device import Footprint, compute_dtype, free_memory_bytes
 from peer.expert_compute import ExpertCompute, Memory
-from peer.kept_inputs import KeptInputsCounts
+from peer.kept_inputs import CallKey, KeptInputsCounts
 from peer.manifest import RunManifest
 from peer.messages import MAX_CALL_BYTES, Call, GroupReply
 from peer.requests import Request
@@ -80,6 +81,8 @@ class ExpertHost:
         self._thread = ComputeThread[Request, GroupReply](self._run_batch, queue)
         self._statuses: dict[ExpertUid, ExpertStatus] = {}
         """A new one when experts come or go; else its values alone change, so that others may read it meanwhile."""
+        self._declined: deque[CallKey] = deque()
+        """Backwards that will not come again; their inputs are the compute thread's to forget."""
         self._saving = threading.Lock()
         self._rows_done = 0
         """Written by the compute thread alone."""
@@ -136,6 +139,8 @@ class ExpertHost:
                 async for group in groups:
                     yield group
         except Declined as declined:
+            if method is Method.BACKWARD:
+                self._declined.append(request.key)
             raise CallRefused(Refusal.OVERLOADED, str(declined)) from None
 
     async def host(self, uids: Sequence[ExpertUid], saved: Mapping[ExpertUid, ExpertState]) -> None:
@@ -198,6 +203,8 @@ class ExpertHost:
         return await self._thread.run(between_calls)
 
     def _run_batch(self, requests: Sequence[Request], more_backwards: Callable[[], bool]) -> Iterator[Part[GroupReply]]:
+        while self._declined:
+            self._compute.forget(self._declined.popleft())
         uids = {uid for request in requests for uid in request.uids if uid in self._statuses}
         for part in self._compute.answer(requests, now_s=time.monotonic(), more_backwards=more_backwards):
             if part.is_last:

@@ -21,6 +21,11 @@ class Pace(Generic[K]):
         rows, seconds = self._seen.get(kind, (0.0, 0.0))
         self._seen[kind] = (_KEEPS * rows + num_rows, _KEEPS * seconds + duration_s)
 
+    def rows(self, kind: K, duration_s: float) -> int | None:
+        """How many are done in so long; None while nothing is known."""
+        rows, seconds = self._seen.get(kind, (0.0, 0.0))
+        return int(duration_s * rows / seconds) if seconds else None
+
     def seconds(self, kind: K, num_rows: int) -> float:
         """How long so many will take; 0 while nothing is known."""
         rows, seconds = self._seen.get(kind, (0.0, 0.0))

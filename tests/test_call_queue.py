@@ -80,6 +80,7 @@ def test_an_empty_queue_has_nothing() -> None:
 
 def test_a_turn_of_backwards_lasts_while_there_are_any() -> None:
     queue = queue_of(forward(small=False))
+    queue.took(Lane.BACKWARD, 10, 0.5)
     queue.pop_together()  # the forwards' turn
     queue.offer(backward(small=False), now_s=NOW_S)
     queue.offer(forward(small=False), now_s=NOW_S)
@@ -103,12 +104,25 @@ def test_forwards_that_come_during_their_own_turn_wait_for_the_next_when_a_backw
     assert lanes == [Lane.FORWARD, Lane.BACKWARD, Lane.FORWARD]
 
 
-def test_a_flood_of_backwards_does_not_hold_up_a_forward_for_ever() -> None:
-    queue = queue_of(*(backward(rows=10_000, small=False) for _ in range(20)), forward("beth"))
+def test_a_turn_of_forwards_is_short_when_a_backward_waits() -> None:
+    queue = queue_of(*(forward(rows=100, small=False) for _ in range(20)), backward())
+    queue.took(Lane.FORWARD, 100, 0.1)
 
     lanes = [batch[0].lane for batch in batches(queue)]
 
-    assert lanes.index(Lane.FORWARD) <= 7
+    assert lanes.index(Lane.BACKWARD) == 2
+
+
+def test_a_flood_of_backwards_does_not_hold_up_a_forward_for_ever() -> None:
+    queue = queue_of(forward("beth", small=False))
+    queue.took(Lane.BACKWARD, 100, 1.0)
+    queue.pop_together()
+    for call in (*(backward(rows=100, small=False, timeout_s=1e3) for _ in range(20)), forward("beth")):
+        queue.offer(call, now_s=NOW_S)
+
+    lanes = [batch[0].lane for batch in batches(queue)]
+
+    assert lanes.index(Lane.FORWARD) == 2
 
 
 # ---- in time
@@ -133,13 +147,30 @@ def test_a_greedy_caller_is_in_its_own_way_and_in_nobody_elses() -> None:
         queue.offer(forward("greedy", rows=100, timeout_s=5.0), now_s=NOW_S)
 
 
+def test_a_backward_does_not_wait_for_its_callers_forwards() -> None:
+    queue = queue_of(*(forward(rows=100) for _ in range(50)))
+    queue.took(Lane.FORWARD, 100, 1.0)
+    queue.took(Lane.BACKWARD, 100, 1.0)
+
+    assert queue.offer(backward(rows=100, timeout_s=5.0), now_s=NOW_S) == []
+
+
+def test_a_forward_waits_for_the_backwards_of_those_before_it() -> None:
+    queue = queue_of(*(forward(rows=100) for _ in range(3)))
+    queue.took(Lane.FORWARD, 100, 1.0)
+    queue.took(Lane.BACKWARD, 100, 2.0)
+
+    with pytest.raises(Declined, match=r"would come in 9.0 s"):
+        queue.offer(forward(rows=100, timeout_s=9.0), now_s=NOW_S)
+
+
 def test_a_call_must_start_early_enough_to_be_computed_and_to_travel() -> None:
     queue = queue_of()
     queue.took(Lane.BACKWARD, 100, 2.0)
 
     start_by_s = queue.start_by_s(backward(rows=50, timeout_s=10.0), now_s=NOW_S)
 
-    assert start_by_s == pytest.approx(NOW_S + 10.0 - 1.0 - 1.0)
+    assert start_by_s == pytest.approx(NOW_S + 10.0 - 1.0 - 0.5)
 
 
 # ---- over capacity
