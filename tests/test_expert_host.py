@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from experts.bank import ExpertState
+from experts.settings import ExpertShape
 from experts.snapshots import SnapshotFolder
 from experts.uid import ExpertUid, RunId
 from peer.compute_thread import ComputeThreadStopped
@@ -291,3 +292,16 @@ async def test_a_save_that_was_given_up_is_over_before_the_next_begins(tmp_path:
     assert not folder.had_company
     assert len(SnapshotFolder(tmp_path).load_newest(RUN.run_id).states) == 3
     assert host.close(timeout_s=5.0)
+
+
+async def test_inputs_are_kept_in_what_the_experts_leave_of_the_memory() -> None:
+    large = tiny_run(experts_per_layer=1 << 16, expert=ExpertShape(dim=DIM, hidden=1 << 14))
+    host = ExpertHost(large, device=CPU, snapshots=None, max_experts=1 << 17)  # 1.6 TiB in all
+    host.start()
+    await host.host(uids("0.0"), {})
+
+    reply = await answer(host, Method.FORWARD, ANNE, call_of())
+
+    assert reply.experts[0].outcome is Outcome.OK
+    assert host.kept_bytes == 0
+    assert await asyncio.to_thread(host.close, timeout_s=5.0)
