@@ -93,16 +93,17 @@ def test_rows_that_come_back_in_any_order_of_experts_go_to_their_pairs_and_nowhe
 
 
 @pytest.mark.parametrize("slots", [range(NUM_EXPERTS), [1, 4]])
-def test_gradients_of_rows_go_to_their_tokens(slots: Sequence[int]) -> None:
+@pytest.mark.parametrize("adds", [False, True])
+def test_gradients_of_rows_go_to_their_tokens(slots: Sequence[int], adds: bool) -> None:
     plan, x_TD = make_plan()
     (group,) = group_by_destination(plan, dict.fromkeys(slots, "anne"))
-    grad_TD = torch.ones(NUM_TOKENS, DIM)
+    grad_TD = torch.ones(NUM_TOKENS, DIM) if adds else None
 
-    group.add_rows(group.take_rows(x_TD), grad_TD)
+    grad_TD = group.add_rows(group.take_rows(x_TD), grad_TD, num_tokens=NUM_TOKENS)
 
     wanted = set(plan.token_N[pairs_of(group, plan)].tolist())
     for token in range(NUM_TOKENS):
-        torch.testing.assert_close(grad_TD[token], 1 + x_TD[token] * (token in wanted))
+        torch.testing.assert_close(grad_TD[token], adds + x_TD[token] * (token in wanted))
 
 
 def test_the_answered_part_of_a_group_still_counts_rows_as_they_were_sent() -> None:

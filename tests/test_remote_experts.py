@@ -312,6 +312,19 @@ def test_calls_are_granted_what_is_left_of_the_step(swarm: MemorySwarm) -> None:
     assert swarm.bridge.now_s - started_s <= 2.5
 
 
+def test_rows_that_are_written_to_between_forward_and_backward_teach_nobody_anything_else(swarm: MemorySwarm) -> None:
+    leaf_TD = X_TD.clone().requires_grad_()
+    x_TD = leaf_TD * 1.0
+    out_ND, _ = swarm.experts.run(x_TD, plan_of(swarm), 0, step_of())
+    with torch.no_grad():
+        x_TD.add_(1.0)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out_ND.sum().backward()
+
+    assert all(version == 0 for peer in swarm.peers for version in peer.versions().values())
+
+
 class _LateLoop:
     """A loop that is too busy to say in time how a call ended."""
 

@@ -70,12 +70,13 @@ class PeerGroup(Generic[P]):
         for pairs, rows in self._runs(expert_of[slot] for slot in slots):
             out_ND[pairs] = rows_ND[rows]
 
-    def add_rows(self, grad_UD: Tensor, grad_TD: Tensor) -> None:
-        """Add what came back per distinct row to the tokens'."""
-        if self.rows_U is None:
-            grad_TD.add_(grad_UD)
-        else:
-            grad_TD.index_add_(0, self.rows_U, grad_UD)
+    def add_rows(self, grad_UD: Tensor, grad_TD: Tensor | None, *, num_tokens: int) -> Tensor:
+        """(T, D): what came back per distinct row, added to the tokens'; none: to nothing."""
+        if grad_TD is None and self.rows_U is None:
+            return grad_UD
+        if grad_TD is None:
+            grad_TD = grad_UD.new_zeros(num_tokens, grad_UD.shape[1])
+        return grad_TD.add_(grad_UD) if self.rows_U is None else grad_TD.index_add_(0, self.rows_U, grad_UD)
 
     def only(self, slots: Sequence[int]) -> "PeerGroup[P]":
         """The same rows with the pairs of some experts: what a backward sends when others were lost."""
@@ -126,7 +127,8 @@ def _group(token_N: Tensor, num_tokens: int, destination: P, experts: tuple[Expe
     is_wanted_T[mine_N] = True
     num_rows = int(is_wanted_T.sum())
     if num_rows == mine_N.numel():
-        return PeerGroup(destination, experts, num_rows, mine_N, None)
+        is_every_token = num_rows == num_tokens and torch.equal(mine_N, torch.arange(num_tokens))
+        return PeerGroup(destination, experts, num_rows, None if is_every_token else mine_N, None)
     if num_rows == num_tokens:
         return PeerGroup(destination, experts, num_rows, None, mine_N.to(torch.int32))
     position_T = is_wanted_T.cumsum(0, dtype=torch.int32) - 1

@@ -165,7 +165,6 @@ class _Exchange:
         if self._answered is None:
             raise RuntimeError("backward through remote experts works once per forward: they have learnt from it")
         sent, self._answered = self._answered, None
-        grad_x_TD = grad_out_ND.new_zeros(self._plan.num_tokens, grad_out_ND.shape[1])
         reachable = [answered for answered in sent if not self._is_suspect(answered)]
         for _ in range(len(sent) - len(reachable)):
             self._scope.ledger.backward(BackwardOutcome.LOST)
@@ -175,8 +174,16 @@ class _Exchange:
             self._scope.ledger.retried()
         again = [_AskedBackward(backward.answered) for backward in missed]
         self._ask_backward(again, grad_out_ND, with_rows=True)
+        grad_x_TD: Tensor | None = None
         for backward in [*(backward for backward in asked if backward not in missed), *again]:
-            self._scope.ledger.backward(self._learn(backward, grad_x_TD))
+            outcome = self._outcome(backward)
+            self._scope.ledger.backward(outcome)
+            if outcome is BackwardOutcome.APPLIED:
+                group, grad_UD = backward.answered.group, backward.grad_UD
+                assert grad_UD is not None
+                grad_x_TD = group.add_rows(grad_UD, grad_x_TD, num_tokens=self._plan.num_tokens)
+        if grad_x_TD is None:
+            return grad_out_ND.new_zeros(self._plan.num_tokens, grad_out_ND.shape[1])
         return grad_x_TD
 
     def _ask_backward(
@@ -215,8 +222,8 @@ class _Exchange:
     def _is_suspect(self, answered: _Answered) -> bool:
         return self._scope.is_suspect(answered.group.destination.peer_id)
 
-    def _learn(self, backward: "_AskedBackward", grad_x_TD: Tensor) -> BackwardOutcome:
-        """Add a backward's input gradients. They are lost when the peer failed or sent something not finite."""
+    def _outcome(self, backward: "_AskedBackward") -> BackwardOutcome:
+        """Its gradients are lost when the peer failed or sent something not finite."""
         heard, group = backward.heard, backward.answered.group
         if heard.is_all(Outcome.STALE):
             return BackwardOutcome.STALE
@@ -228,7 +235,6 @@ class _Exchange:
         if not all_finite(backward.grad_UD):
             self._scope.suspect(group.destination.peer_id)
             return BackwardOutcome.LOST
-        group.add_rows(backward.grad_UD, grad_x_TD)
         return BackwardOutcome.APPLIED
 
 
@@ -293,7 +299,10 @@ class _RemoteCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.forward(x_TD.detach().to("cpu", torch.float32)).to(x_TD)
+        sent_TD = x_TD.detach().to("cpu", torch.float32)
+        if sent_TD.data_ptr() == x_TD.data_ptr():  # not a copy, and to be sent again to a peer that forgets it
+            ctx.save_for_backward(x_TD)
+        return exchange.forward(sent_TD).to(x_TD)
 
     @staticmethod
     @once_differentiable  # which types ctx as position-only
@@ -301,6 +310,7 @@ class _RemoteCall(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, None]:
         (grad_out_ND,) = grad_outputs
+        _ = ctx.saved_tensors  # raises when somebody has written to it meanwhile
         return ctx.exchange.backward(grad_out_ND.to("cpu", torch.float32)).to(grad_out_ND), None
 
 
