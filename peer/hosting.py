@@ -7,7 +7,7 @@ loads, latencies) stays in the records.
 Shape suffixes here: R rows, E experts of a layer, P peers in order of their ids.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -125,10 +125,16 @@ class Hosting:
             if self._claims_R[row]
         )
 
-    def is_served(self, uid: ExpertUid) -> bool:
-        """Does anybody take calls for it?"""
-        rows = self._rows(uid)
-        return bool(self._takes_calls_R[rows.start : rows.stop].any())
+    def unserved(self, uids: Iterable[ExpertUid]) -> list[ExpertUid]:
+        """Those for which nobody takes calls."""
+        served = set(self._key_R[self._takes_calls_R].tolist())
+        return [uid for uid in uids if _key(uid) not in served]
+
+    def claimed(self, uids: Iterable[ExpertUid], *, besides: PeerId) -> set[ExpertUid]:
+        """Those that somebody else than this peer means to serve."""
+        is_own_P = np.array([peer_id == besides for peer_id in self.peer_ids], np.bool_)
+        claimed = set(self._key_R[self._claims_R & ~is_own_P[self._peer_R]].tolist())
+        return {uid for uid in uids if _key(uid) in claimed}
 
     def layer(self, layer: int, num_experts: int, *, without: Collection[PeerId] = ()) -> LayerHosts:
         """The first of each expert's hosts that takes calls and is not among those to do `without`."""

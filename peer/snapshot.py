@@ -68,7 +68,11 @@ class DirectorySnapshot:
 
     def uncovered(self, uids: Iterable[ExpertUid]) -> list[ExpertUid]:
         """Those nobody can be called for."""
-        return [uid for uid in uids if not self.hosting.is_served(uid)]
+        return self.hosting.unserved(uids)
+
+    def claimed(self, uids: Iterable[ExpertUid], *, besides: PeerId) -> set[ExpertUid]:
+        """Those that somebody else than this peer means to serve."""
+        return self.hosting.claimed(uids, besides=besides)
 
     def layer(self, layer: int, num_experts: int, *, without: Collection[PeerId] = ()) -> LayerHosts:
         """Whom to call for each expert of a layer, doing without some peers. Costs microseconds, also for thousands."""

@@ -88,6 +88,20 @@ def test_a_layer_and_its_experts_one_by_one_agree() -> None:
             assert [replica.claim for replica in replicas] == sorted(replica.claim for replica in replicas)
 
 
+def test_who_else_claims_is_asked_for_many_experts_at_once() -> None:
+    uids = [ExpertUid(0, index) for index in range(4)]
+    seen = snapshot(
+        record(ANNE, line("0.0"), line("0.1")),
+        record(BETH, line("0.1"), state="syncing"),
+        record(CARO, line("0.2"), state="draining"),
+    )
+
+    assert seen.claimed(uids, besides=ANNE) == {uids[1]}
+    assert seen.claimed(uids, besides=BETH) == {uids[0], uids[1]}
+    assert seen.claimed(uids[2:], besides=PeerId("dora")) == set()
+    assert seen.uncovered(uids) == uids[2:]
+
+
 def test_a_renewal_that_says_nothing_new_about_hosting_costs_no_new_columns() -> None:
     before = snapshot(record(ANNE, line("0.0")), record(BETH, line("0.1")))
 
