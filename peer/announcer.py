@@ -45,7 +45,7 @@ class Place:
     """They were asked for by name, so that others' claims do not keep us from claiming."""
     max_experts: int
     rates: Rates = field(default_factory=Rates)
-    """What was measured of it."""
+    """What was measured of it at its start."""
 
 
 class Announcer:
@@ -80,6 +80,11 @@ class Announcer:
     def saved(self) -> Mapping[ExpertUid, ExpertState]:
         """What experts that we do not serve had learnt when we last knew. A view that stays up to date."""
         return MappingProxyType(self._saved)
+
+    @property
+    def rates(self) -> Rates:
+        """What was measured of this peer, the device by its latest calls."""
+        return self._place.rates.refined(self._host.trips_per_s)
 
     async def take_place(self) -> None:
         """Claim, host, look again, and go online with what is ours. Returns when the record that says so is out."""
@@ -147,7 +152,7 @@ class Announcer:
             experts=experts,
             device=self._place.device,
             queued_rows=self._host.queued_rows,
-            rates=self._place.rates,
+            rates=self.rates,
             throughput_tokens_per_s=self._host.take_throughput(),
             software_version=self._place.software_version,
         )
@@ -164,8 +169,7 @@ class Announcer:
 
     async def _fill(self, others: "_OthersClaims", *, now_s: float) -> bool:
         """Take vacant experts while there is room: first those whose state we have."""
-        covered = {uid for uid in self._place.uids if uid in self._claims or others.claims(uid)}
-        self._vacancies.observe(covered, now_s=now_s)
+        self._vacancies.observe(others.covered(self._place.uids) | self._claims.keys(), now_s=now_s)
         saved, free = self._vacancies.open(self._saved, now_s=now_s)
         room = self._place.max_experts - len(self._claims)
         taken = choose(others, None, room, saved, self._rng)
@@ -198,6 +202,9 @@ class _OthersClaims:
 
     snapshot: DirectorySnapshot
     own_id: PeerId
+
+    def covered(self, uids: Collection[ExpertUid]) -> set[ExpertUid]:
+        return self.snapshot.claimed(uids, besides=self.own_id)
 
     def claims(self, uid: ExpertUid) -> list[Claim]:
         return [claim for claim in self.snapshot.claims(uid) if claim.peer_id != self.own_id]

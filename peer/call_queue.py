@@ -148,6 +148,12 @@ class CallQueue(Generic[T]):
         """A pass is over: how long the next ones will take."""
         self._pace.observe(lane, num_rows, duration_s)
 
+    @property
+    def trips_per_s(self) -> float | None:
+        """Rows a second, forward and backward, as the latest passes went; None before there were both."""
+        seconds = [self._pace.seconds(lane, 1) for lane in Lane]
+        return 1 / sum(seconds) if all(seconds) else None
+
     def _count(self, call: Waiting[T], sign: int) -> None:
         self._num_calls += sign
         self._size_bytes += sign * call.size_bytes

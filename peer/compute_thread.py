@@ -102,6 +102,11 @@ class ComputeThread(Generic[W, R]):
         self._thread.start()
 
     @property
+    def trips_per_s(self) -> float | None:
+        """See `CallQueue`. Readable from any thread."""
+        return self._queue.trips_per_s
+
+    @property
     def queued_rows(self) -> int:
         return self._queue.num_rows
 

@@ -19,7 +19,6 @@ from experts.uid import ExpertUid, RunId
 from peer.addresses import split_address
 from peer.announcer import Announcer, Place
 from peer.bootstrap import parse_join, sign_info
-from peer.chi import chi_of
 from peer.device import (
     Footprint,
     capacity,
@@ -115,7 +114,7 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
         announcer = Announcer(
             place, host=host, store=member.store, directory=member.directory, saved=saved, rng=random.Random()
         )
-        http = await HttpServer.start(_http_content(member, announcer, host, rates), settings.http)
+        http = await HttpServer.start(_http_content(member, announcer, host), settings.http)
         log.info("http.listening", address=http.address)
         stack.push_async_callback(http.close)
         stack.push_async_callback(_leave, service, announcer, host)
@@ -204,9 +203,8 @@ def _introducer(member: Membership) -> Callable[[InfoRequest], InfoReply]:
     return introduce
 
 
-def _http_content(member: Membership, announcer: Announcer, host: ExpertHost, rates: Rates) -> HttpContent:
-    chi = chi_of(rates, member.manifest.wire, dim=member.manifest.expert.dim)
-    registry = peer_registry(host, rates, chi)
+def _http_content(member: Membership, announcer: Announcer, host: ExpertHost) -> HttpContent:
+    registry = peer_registry(host, lambda: announcer.rates, member.manifest)
 
     def state_json() -> str:
         return swarm_state(member.directory.snapshot(), member.manifest).model_dump_json()

@@ -100,6 +100,11 @@ class ExpertHost:
         return self._thread.queued_rows
 
     @property
+    def trips_per_s(self) -> float | None:
+        """Rows a second that the device takes through its experts and back, while it has calls; None before any."""
+        return self._thread.trips_per_s
+
+    @property
     def statuses(self) -> tuple[ExpertStatus, ...]:
         """The hosted experts as of the last call; readable from any thread."""
         return tuple(self._statuses.values())

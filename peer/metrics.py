@@ -1,23 +1,24 @@
 """What one peer measures of itself, for Prometheus. Read from its host whenever somebody scrapes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from peer.chi import Chi
+from peer.chi import chi_of
 from peer.expert_host import ExpertHost
+from peer.manifest import RunManifest
 from peer.rates import Rates
 
 
 class PeerCollector(Collector):
     """Gauges and counters over a host."""
 
-    def __init__(self, host: ExpertHost, rates: Rates, chi: Chi | None) -> None:
+    def __init__(self, host: ExpertHost, rates: Callable[[], Rates], manifest: RunManifest) -> None:
         self._host = host
         self._rates = rates
-        self._chi = chi
+        self._manifest = manifest
 
     def collect(self) -> Iterable[Metric]:
         statuses = self._host.statuses
@@ -55,8 +56,9 @@ class PeerCollector(Collector):
         yield CounterMetricFamily("swarmoe_recomputed_backwards", text, value=counts.passes_recomputed)
 
     def _measured(self) -> Iterable[Metric]:
-        """What was measured at the start; nothing where that failed."""
-        if (link := self._rates.link) is not None:
+        """Nothing where measuring failed."""
+        rates = self._rates()
+        if (link := rates.link) is not None:
             speeds = GaugeMetricFamily(
                 "swarmoe_link_bits_per_second", "The link's speed, measured at the start.", labels=["direction"]
             )
@@ -65,16 +67,16 @@ class PeerCollector(Collector):
             yield speeds
             latency_s = link.latency_ms / 1e3
             yield GaugeMetricFamily("swarmoe_link_latency_seconds", "There and back, at the start.", value=latency_s)
-        if (device := self._rates.device) is not None:
-            text = "What the device achieves on the run's experts, measured at the start."
+        if (device := rates.device) is not None:
+            text = "What the device achieves on the run's experts."
             yield GaugeMetricFamily("swarmoe_device_flops_per_second", text, value=device.flops_per_s)
-        if self._chi is not None:
+        if (chi := chi_of(rates, self._manifest.wire, dim=self._manifest.expert.dim)) is not None:
             text = "The link's speed over what the device could use; below 1 the device waits."
-            yield GaugeMetricFamily("swarmoe_chi", text, value=self._chi.value)
+            yield GaugeMetricFamily("swarmoe_chi", text, value=chi.value)
 
 
-def peer_registry(host: ExpertHost, rates: Rates, chi: Chi | None) -> CollectorRegistry:
+def peer_registry(host: ExpertHost, rates: Callable[[], Rates], manifest: RunManifest) -> CollectorRegistry:
     """A registry of its own: nothing a library registers globally gets in."""
     registry = CollectorRegistry()
-    registry.register(PeerCollector(host, rates, chi))
+    registry.register(PeerCollector(host, rates, manifest))
     return registry

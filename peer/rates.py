@@ -27,7 +27,7 @@ class MeasuredLink(_Measured):
 
 
 class MeasuredDevice(_Measured):
-    """A device that has nothing to do but one kind of expert, forward and backward."""
+    """A device while it has nothing to do but one kind of expert, forward and backward."""
 
     tokens_per_s: Speed
     flops_per_s: Speed
@@ -39,3 +39,11 @@ class Rates(_Measured):
 
     link: MeasuredLink | None = None
     device: MeasuredDevice | None = None
+
+    def refined(self, tokens_per_s: float | None) -> "Rates":
+        """With what the device does on real calls, once there were some: their sizes, and steps, included."""
+        if tokens_per_s is None or self.device is None:
+            return self
+        flops_per_s = self.device.flops_per_s * tokens_per_s / self.device.tokens_per_s
+        device = MeasuredDevice(tokens_per_s=tokens_per_s, flops_per_s=flops_per_s)
+        return self.model_copy(update={"device": device})

@@ -35,11 +35,11 @@ class PeerFacts(_Facts):
     device: str
     queued_rows: int
     up_bits_per_s: float | None
-    """Measured at its start, as the four below; none: not measured."""
+    """Measured at its start, as the two below; none: not measured."""
     down_bits_per_s: float | None
     latency_ms: float | None
     flops_per_s: float | None
-    """What its device achieves on experts of this run, forward and backward."""
+    """What its device achieves on experts of this run, forward and backward; on its latest calls, if it had any."""
     device_tokens_per_s: float | None
     """Through one of them."""
 

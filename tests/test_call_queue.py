@@ -266,3 +266,14 @@ def test_what_is_withdrawn_makes_room() -> None:
 
     assert (queue.num_rows, queue.size_bytes) == (0, 0)
     assert queue.offer(forward(), now_s=NOW_S) == []
+
+
+def test_how_many_rows_go_there_and_back_in_a_second_is_known_after_both() -> None:
+    queue = queue_of()
+    assert queue.trips_per_s is None
+
+    queue.took(Lane.FORWARD, 100, 1.0)
+    assert queue.trips_per_s is None
+
+    queue.took(Lane.BACKWARD, 100, 3.0)
+    assert queue.trips_per_s == pytest.approx(25.0)

@@ -91,6 +91,17 @@ def test_without_a_link_or_a_device_there_is_no_chi(rates: Rates) -> None:
     assert chi_of(rates, INT8, dim=256) is None
 
 
+def test_real_calls_refine_what_a_device_achieves() -> None:
+    link = MeasuredLink(up_bits_per_s=1.0, down_bits_per_s=1.0, latency_ms=0.0)
+    at_start = Rates(link=link, device=MeasuredDevice(tokens_per_s=1e3, flops_per_s=6e9))
+
+    refined = at_start.refined(2e3)
+
+    assert refined == Rates(link=link, device=MeasuredDevice(tokens_per_s=2e3, flops_per_s=12e9))
+    assert at_start.refined(None) == at_start
+    assert Rates(link=link).refined(2e3) == Rates(link=link)
+
+
 @pytest.mark.parametrize(("value", "utilisation", "is_low"), [(0.1, 0.1, True), (0.2, 0.2, False), (7.0, 1.0, False)])
 def test_a_device_is_busy_as_often_as_chi_says_and_at_most_always(
     value: float, utilisation: float, is_low: bool

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from experts.uid import ExpertUid
-from peer.chi import chi_of
 from peer.expert_host import ExpertHost
 from peer.messages import Call, ExpertRows, Mode
 from peer.metrics import peer_registry
@@ -52,7 +51,7 @@ async def answer(host: ExpertHost, method: Method, call: Call) -> None:
 
 
 async def test_kept_bytes_and_backwards_computed_again_are_told(host: ExpertHost) -> None:
-    registry = peer_registry(host, Rates(), None)
+    registry = peer_registry(host, Rates, RUN)
     told_kept_bytes: list[float | None] = []
 
     for number in (1, 2):
@@ -62,6 +61,7 @@ async def test_kept_bytes_and_backwards_computed_again_are_told(host: ExpertHost
         await answer(host, Method.BACKWARD, call_of(number, Role.GRADIENTS))
     await answer(host, Method.BACKWARD, call_of(3, Role.GRADIENTS))  # which had no forward
 
+    assert host.trips_per_s is not None
     assert told_kept_bytes[0]
     assert told_kept_bytes[1] == 2 * told_kept_bytes[0]
     assert registry.get_sample_value("swarmoe_kept_bytes") == 0
@@ -78,7 +78,7 @@ async def test_kept_bytes_and_backwards_computed_again_are_told(host: ExpertHost
 async def test_what_was_measured_at_the_start_is_told(host: ExpertHost) -> None:
     measured = rates(0.25, manifest=RUN)
 
-    registry = peer_registry(host, measured, chi_of(measured, RUN.wire, dim=DIM))
+    registry = peer_registry(host, lambda: measured, RUN)
 
     up, down = (registry.get_sample_value("swarmoe_link_bits_per_second", {"direction": way}) for way in ("up", "down"))
     assert measured.link is not None
@@ -89,6 +89,6 @@ async def test_what_was_measured_at_the_start_is_told(host: ExpertHost) -> None:
 
 
 async def test_what_could_not_be_measured_is_not_told(host: ExpertHost) -> None:
-    registry = peer_registry(host, Rates(), None)
+    registry = peer_registry(host, Rates, RUN)
 
     assert not [family.name for family in registry.collect() if "link" in family.name or "chi" in family.name]
