@@ -206,8 +206,5 @@ class _OthersClaims:
     def covered(self, uids: Collection[ExpertUid]) -> set[ExpertUid]:
         return self.snapshot.claimed(uids, besides=self.own_id)
 
-    def covered(self, uids: Collection[ExpertUid]) -> set[ExpertUid]:
-        return self.snapshot.claimed(uids, besides=self.own_id)
-
     def claims(self, uid: ExpertUid) -> list[Claim]:
         return [claim for claim in self.snapshot.claims(uid) if claim.peer_id != self.own_id]
