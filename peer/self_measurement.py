@@ -48,7 +48,7 @@ def tell_chi(manifest: RunManifest, rates: Rates) -> None:
     if not chi.is_low:
         log.info("peer.chi", chi=round(chi.value, 3), verdict=said)
         return
-    log.warning("peer.chi", chi=round(chi.value, 4), verdict=said, what_would_help=remedies(manifest, chi))
+    log.warning("peer.chi", chi=round(chi.value, 4), verdict=said, what_would_help="; ".join(remedies(manifest, chi)))
 
 
 def _worth_asking(member: Membership, rng: random.Random) -> list[Endpoint]:
