@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,9 @@ from peer.answering import CallerGone, Failure, answer_call, answer_info, contex
 from peer.certificates import Certificate
 from peer.credentials import METADATA_KEY, CredentialChecker
 from peer.errors import CouldNotListen
-from peer.grpc_line import END_OF_CALL, ServerLine, call_limit_s
+from peer.grpc_line import ServerLine, call_limit_s
 from peer.grpc_status import SERVICE, SHARED_OPTIONS, STATUS_OF_REFUSAL, grpc, name_of
-from peer.transport import CallRefused, Frame, Method, PeerId, Refusal, Servicer
+from peer.transport import CallContext, CallRefused, Frame, Method, PeerId, Refusal, Servicer
 from protos.swarm_pb2 import InfoReply, InfoRequest
 
 _OPTIONS = [
@@ -84,12 +85,6 @@ class GrpcServer:
     async def _answer(self, method: Method, _: AsyncIterator[Frame], context: Any) -> None:
         """Serve a line."""
 
-        async def send(frame: Frame) -> None:
-            try:
-                await context.write(frame)
-            except grpc.aio.BaseError:
-                raise CallerGone from None
-
         metadata = dict(context.invocation_metadata() or ())
         try:
             caller = self._checker.check(metadata.get(METADATA_KEY), now_unix_s=time.time())
@@ -97,16 +92,35 @@ class GrpcServer:
             await _abort(context, refusal)
             return
         line, limit_s = ServerLine(context), call_limit_s(context, metadata)
-        while True:
-            call_context = context_of(caller, timeout_s=limit_s)
-            ending = await answer_call(self._servicer, method, line.frames(), call_context, send)
-            if ending is not None:
-                await _abort(context, ending)
-            if not line.is_at_end or self._is_closing:
-                return
-            await send(END_OF_CALL)
-            if not await self._wait_for_another(line):
-                return
+
+        async def send(frame: Frame) -> None:
+            try:
+                await line.mouth.say(frame)
+            except grpc.aio.BaseError:
+                raise CallerGone from None
+
+        try:
+            while await self._answer_one(method, line, context, context_of(caller, timeout_s=limit_s), send):
+                pass
+        finally:
+            line.mouth.shut()
+
+    async def _answer_one(
+        self,
+        method: Method,
+        line: ServerLine,
+        context: Any,
+        call_context: CallContext,
+        send: Callable[[Frame], Awaitable[None]],
+    ) -> bool:
+        """Answer a line's present call; False when no other call will come."""
+        ending = await answer_call(self._servicer, method, line.frames(), call_context, send)
+        is_last = ending is not None or not line.is_at_end or self._is_closing
+        with suppress(grpc.aio.BaseError):  # the caller is gone, as whoever reads or aborts next will hear
+            await (line.mouth.flush() if is_last else line.mouth.end_call())
+        if ending is not None:
+            await _abort(context, ending)
+        return not is_last and await self._wait_for_another(line)
 
     async def _wait_for_another(self, line: ServerLine) -> bool:
         """False when no call will come, or this server closes first."""

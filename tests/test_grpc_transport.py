@@ -144,8 +144,8 @@ async def _counting_echo() -> AsyncIterator[tuple[Endpoint, list[int]]]:
         while True:
             calls[number] += 1
             async for frame in line.frames():
-                await context.write(frame)
-            await context.write(END_OF_CALL)
+                await line.mouth.say(frame)
+            await line.mouth.end_call()
             if not await line.next_call():
                 return
 
@@ -210,7 +210,12 @@ async def test_what_follows_a_good_call_on_its_stream_is_judged_like_any_call(wo
     good = [frame.SerializeToString() for frame in await frames_of(forward_call())]
     noise = random.Random(4).randbytes(1000)
 
-    for second, reason in (([noise], "does not decode"), (good[1:], "starts with its header"), ([b""], "its header")):
+    for second, reason in (
+        ([noise], "does not decode"),
+        (good[1:], "starts with its header"),
+        ([b""], "its header"),
+        ([b"\0\xff"], "bundle"),
+    ):
         status, sentence = await _status_of(
             peer.endpoint, [*good, END_OF_CALL, *good, END_OF_CALL, *second], credential=_credential(peer)
         )
