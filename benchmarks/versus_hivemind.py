@@ -3,7 +3,7 @@
 Both contestants run at once as processes of their own and take turns; a figure is the ratio of their medians, their
 seconds over ours: above 1 we are faster. A round is forward and backward, with D 256, and every expert takes a step
 after it: plain SGD, theirs with rate 0, ours with rate 1e-12, which writes the weights all the same. The experts are
-hivemind's own classes on both sides (`versus/kinds.py`).
+hivemind's, on our side as kinds of ours with the same maths (`versus/kinds.py`). Each side computes with one thread.
 
 - `nop_R`: one expert that copies its R rows, fp32 both ways, one client. What bounds it: calls, then bytes.
 - `ffn_R`: one feed-forward expert (H 1024), fp32, four clients with R rows each. What bounds it: calls, then FLOPs.
