@@ -34,23 +34,26 @@ def test_status_and_every_peer_show_the_swarm(swarm: Swarm) -> None:
     for peer in state["peers"]:
         assert peer.keys() >= {"flags", "endpoint", "throughput_tokens_per_s", "version"}
         assert peer["state"] == "online"
+        assert min(peer[rate] for rate in ("up_bits_per_s", "down_bits_per_s", "flops_per_s")) > 0
     assert sorted(uid for peer in state["peers"] for uid in peer["experts"]) == ["0.0", "0.1", "0.2", "0.3"]
     for expert in state["experts"]:
         assert expert.keys() >= {"uid", "version", "load"}
         assert expert["replicas"] == [expert["primary"]]
     assert (state["trainers"], state["uncovered"]) == ([], [])
+    (kind,) = state["expert_kinds"]
+    assert [told["peer_id"] for told in kind["peers"]] == sorted(peer.key for peer in swarm.peers)
     for peer in swarm.peers:
         assert until(lambda peer=peer: _get(peer, "api/state")["uncovered"] == [])
         assert _get(peer, "healthz") == {"status": "ok", "detail": "online, hosting 2 experts"}
         assert _get(peer, "api/state")["run"] == state["run"]
-        assert "# TYPE swarmoe_" in _read(peer, "metrics")
+        assert "# TYPE swarmoe_chi gauge" in _read(peer, "metrics")
 
 
 def test_doctor_answers_in_json_also_of_the_swarm(swarm: Swarm) -> None:
     code, doctor = swarm.processes.run("doctor", f"--join={swarm.join}", "--json")
 
     checks = {check["name"]: check for check in json.loads(doctor.stdout)["checks"]}
-    assert checks.keys() >= {"python", "torch", "device", "memory", "disk", "clock", "ports", "swarm"}
+    assert checks.keys() >= {"python", "torch", "device", "memory", "disk", "clock", "ports", "swarm", "link", "chi"}
     assert all(check.keys() == {"name", "status", "detail", "fix"} for check in checks.values())
     assert {check["status"] for check in checks.values()} <= {"ok", "warn"}
     assert "run tiny, 4 experts" in checks["swarm"]["detail"]
