@@ -11,6 +11,7 @@ hivemind's, on our side as kinds of ours with the same maths (`versus/kinds.py`)
   `vs_best` is one `RemoteExpert` call per expert, all at once, there and back, in fp16, its fastest codec here
   (`--full` tries fp32 as well and takes the faster; its 8-bit codecs do not work with numpy 2.4). `vs_documented` is
   `RemoteMixtureOfExperts`, one call per token and expert; the quick run gives it 256 tokens and multiplies by 8.
+  `layer_bound` has our layer with its experts in process, on one thread: what `vs_best` would be without any network.
 
 A round of theirs that fails (streams above 2 MiB lose their tail now and then) is counted and left out.
 """
@@ -63,6 +64,8 @@ def matches(*, full: bool) -> list[Match]:
     layer = Turn("round", LAYER_TOKENS, 1, 2)
     best = tuple(Way(("layer", compression), layer) for compression in ("FLOAT16", "NONE")[: 2 if full else 1])
     found.append(Match("layer_vs_best", Way(("layer",), layer), best, turns))
+    in_process = Way(("layer",), Turn("in_process", LAYER_TOKENS, 1, 2))
+    found.append(Match("layer_bound", in_process, best[:1], turns))
     tokens = LAYER_TOKENS if full else DOCUMENTED_TOKENS
     documented = Way(("layer", "FLOAT16"), Turn("documented", tokens, 1, 1), scale=LAYER_TOKENS / tokens)
     found.append(Match("layer_vs_documented", Way(("layer",), layer), (documented,), turns=3))

@@ -5,7 +5,8 @@ import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from benchmarks.versus import kinds
 from benchmarks.versus.contest import Round, answer_turns
+from experts.bank import ExpertBank
 from experts.settings import ExpertOptimizerSettings, ExpertShape
 from peer.manifest import ModelSettings, RunManifest, WireSettings
 from swarmoe import RemoteMoE, join
 from swarmoe.run_presets import manifest_toml
+from trainer.local_experts import LocalExperts
 from trainer.moe import MoELayer
 from trainer.routing.gate import softmax
 from trainer.routing.router import Router
 from trainer.routing.selection import TopK
+from trainer.routing.view import View
+from trainer.swarm import router_for
 
 DIM = 256
 LAYER_EXPERTS, LAYER_TOP_K = 16, 2
@@ -55,9 +60,20 @@ class _NoScore(nn.Module):
         return x_TD.new_zeros(x_TD.shape[0], 1)
 
 
-def everything_to_one() -> Router:
-    """For a layer of one expert: it gets every row, with weight 1."""
+def router_of(run: RunManifest) -> Router:
+    """The run's own; for a single expert, one that sends it every row with weight 1."""
+    if run.experts_per_layer > 1:
+        return router_for(run, 0)
     return Router(_NoScore(), softmax, TopK(1), norm="none", generator=torch.Generator())
+
+
+def in_process(run: RunManifest) -> MoELayer:
+    """The run's layer with its experts in this process: what no network can be faster than."""
+    bank = ExpertBank(run.expert, run.expert_optimizer, device=torch.device("cpu"), seed=run.seed)
+    for uid in run.uids():
+        bank.add(uid)
+    view = View.all_alive(0, run.experts_per_layer)
+    return MoELayer(0, router_of(run), LocalExperts(bank), lambda _: view, timeout_s=60.0)
 
 
 def rounds_of(moe: MoELayer, num_rows: int) -> Round:
@@ -110,10 +126,8 @@ def main() -> None:
     ):
         if not swarm.wait_for_experts(timeout_s=_START_WITHIN_S):
             raise RuntimeError("the peer did not come online")
-        router = everything_to_one() if run.experts_per_layer == 1 else None
-        moe = RemoteMoE(swarm, router=router)
-        task: Callable[[int], Round] = lambda num_rows: rounds_of(moe, num_rows)  # noqa: E731
-        answer_turns({"round": task})
+        remote = RemoteMoE(swarm, router=router_of(run))
+        answer_turns({"round": partial(rounds_of, remote), "in_process": partial(rounds_of, in_process(run))})
 
 
 if __name__ == "__main__":
