@@ -6,7 +6,8 @@ memory. Then, per size:
 * `layer_ms`: all that one layer's forward does before a byte moves. Its parts: `view_ms`, the layer as the router reads
   it, from the snapshot; `router_ms`, preset mixtral (k 2) over T = 64 tokens of width D = 64, logits included;
   `assign_ms`, the peer of each chosen expert; `group_ms`, the pairs by peer. `logits_ms` is the matmul alone, 2 T E D
-  FLOPs that no directory can save. Nothing is kept from one step to the next. One peer is draining.
+  FLOPs that no directory can save. A view is made anew each time, as after news about
+  hosting; a trainer keeps it until there are any (`view_kept_ms`). One peer is draining.
 * a refresh, on the event loop beside the training: `refresh_first_ms`; `refresh_ms`, in which 300 peers have renewed
   their records, what 1.5 s bring at a renewal every 5 s; `refresh_moved_ms`, the same when one of them gives up its
   experts; `refresh_idle_ms`, in which nothing is new.
@@ -26,6 +27,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
@@ -42,6 +44,7 @@ from peer.identity import Identity
 from peer.memory_store import MemoryBoard, MemoryStore
 from peer.memory_transport import MemoryNetwork
 from peer.records import RECORD_LIFETIME_S, HostedExpert, PeerRecord, PeerState
+from peer.snapshot import DirectorySnapshot
 from trainer.ledger import Ledger
 from trainer.packing import group_by_destination
 from trainer.routing.presets import build_router
@@ -136,9 +139,11 @@ class TrainerSide:
         """Median milliseconds of a layer's forward up to the first byte, and of its parts."""
         router = build_router("mixtral", dim=dim, num_experts=self._num_experts, top_k=TOP_K)
         x_TD = torch.randn(num_tokens, dim, generator=torch.Generator().manual_seed(0))
+        snapshot = self.directory.snapshot()
         scope = StepScope(deadline_s=time.monotonic() + 600.0, ledger=Ledger())
         parts_ms: dict[str, list[float]] = {
             "view_ms": [],
+            "view_kept_ms": [],
             "router_ms": [],
             "assign_ms": [],
             "group_ms": [],
@@ -153,7 +158,9 @@ class TrainerSide:
 
         for turn in range(repeats):
             layer = turn % NUM_LAYERS
-            view = timed("view_ms", lambda layer=layer: self._view(layer))
+            news = replace(snapshot, hosting=Hosting(snapshot.hosting.lines))
+            view = timed("view_ms", lambda layer=layer, news=news: self._view(news, layer))
+            timed("view_kept_ms", lambda layer=layer, news=news: self._view(news, layer))
             plan = timed("router_ms", lambda view=view: router(x_TD, view))
             hosts = timed("assign_ms", lambda plan=plan, layer=layer: self._switchboard.assign(plan, layer, scope))
             timed("group_ms", lambda plan=plan, hosts=hosts: group_by_destination(plan, hosts))
@@ -174,7 +181,7 @@ class TrainerSide:
         snapshot_bytes = tracemalloc.get_traced_memory()[0] - records_bytes
         tracemalloc.stop()
         assert columns.peer_ids, "nobody hosts anything"
-        view = self._view(0)
+        view = self._view(directory.snapshot(), 0)
         tensors = (view.alive_E, view.share_E, view.prior_E)
         return {
             "record_bytes": self.crowd.record_bytes(),
@@ -183,8 +190,8 @@ class TrainerSide:
             "view_kib": sum(tensor.nbytes for tensor in tensors) / 2**10,
         }
 
-    def _view(self, layer: int) -> View:
-        return view_of(self.directory.snapshot(), layer, self._num_experts, self._switchboard.absences)
+    def _view(self, snapshot: DirectorySnapshot, layer: int) -> View:
+        return view_of(snapshot, layer, self._num_experts, self._switchboard.absences)
 
     def _refresh_ms(self) -> float:
         async def refresh() -> float:

@@ -71,6 +71,23 @@ def test_waiting_for_experts_tells_whether_all_are_served(swarm: MemorySwarm) ->
     assert member.view(0).alive_E.tolist() == [False, True, True, True, True, True]
 
 
+def test_a_view_is_made_anew_only_when_it_would_differ(swarm: MemorySwarm) -> None:
+    member = joined(swarm)
+    before = member.view(0)
+    swarm.announce(swarm.peers[1])
+
+    assert member.view(0) is before, "the renewal says nothing new about hosting"
+    assert member.view(1) is not before
+
+    swarm.faults.take_down(swarm.peers[0].peer_id)
+    RemoteMoE(member)(X_TD)
+    without = member.view(0)
+    swarm.announce(swarm.peers[0])
+
+    assert without.num_live < before.num_live
+    assert member.view(0).num_live == before.num_live
+
+
 def test_experts_of_a_peer_that_failed_us_are_waited_for_until_it_is_heard_of_again(swarm: MemorySwarm) -> None:
     member = joined(swarm)
     swarm.faults.take_down(swarm.peers[0].peer_id)
