@@ -174,18 +174,20 @@ async def _read_probe(frames: AsyncIterator[Frame]) -> int:
 
 
 async def _read_reply(replies: AsyncIterable[Frame], asked_bytes: int) -> None:
-    """Raises MalformedMessage unless as many bytes come as were asked for, and then the end."""
-    came_bytes = 0
+    """Raises MalformedMessage unless as many bytes come as were asked for, then the end, and nothing after it."""
+    came_bytes, has_ended = 0, False
     async for frame in replies:
         message = parse_frame(frame, pb.ReplyFrame)
+        if has_ended:
+            raise MalformedMessage("the answer goes on after its end")
         if isinstance(message, pb.ReplyFrame) and message.HasField("end"):
-            if came_bytes != asked_bytes:
-                raise MalformedMessage(f"{came_bytes} bytes came of {asked_bytes}")
-            return
+            has_ended = True
+            continue
         came_bytes += _chunk_bytes(message)
         if came_bytes > asked_bytes:
             raise MalformedMessage(f"more than the {asked_bytes} bytes asked for came")
-    raise MalformedMessage("the answer stopped before its end")
+    if not has_ended or came_bytes != asked_bytes:
+        raise MalformedMessage(f"the answer ended after {came_bytes} of {asked_bytes} bytes")
 
 
 def _chunk_bytes(message: pb.CallFrame | pb.ReplyFrame | memoryview) -> int:

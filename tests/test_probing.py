@@ -232,8 +232,15 @@ async def test_more_than_a_few_at_once_are_told_to_try_later_and_leave_their_pla
 @pytest.mark.hostile
 @pytest.mark.parametrize(
     "reply",
-    [(), (CHUNK, END), (CHUNK,) * 64, (b"\xff",), (pb.ReplyFrame(group=pb.GroupReply()).SerializeToString(),)],
-    ids=["nothing", "too much", "endless", "nonsense", "another frame"],
+    [
+        (),
+        (END, END),
+        (CHUNK, END),
+        (CHUNK,) * 64,
+        (b"\xff",),
+        (pb.ReplyFrame(group=pb.GroupReply()).SerializeToString(),),
+    ],
+    ids=["nothing", "two ends", "too much", "endless", "nonsense", "another frame"],
 )
 async def test_an_answer_that_is_none_is_malformed(reply: tuple[Frame, ...]) -> None:
     async def cheat(frames: AsyncIterator[Frame], context: CallContext) -> AsyncIterator[Frame]:
@@ -259,5 +266,5 @@ async def test_an_answer_with_fewer_bytes_than_asked_for_is_malformed() -> None:
     world = World(MemoryNetwork().transport)
     peer, caller = await world.serving(lazy), world.member()
 
-    with pytest.raises(MalformedReply, match="0 bytes came of"):
+    with pytest.raises(MalformedReply, match="ended after 0 of"):
         await measure_link(caller.transport, peer.endpoint)
