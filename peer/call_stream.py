@@ -105,8 +105,8 @@ def _check_header(header: pb.CallHeader, limits: CallLimits, method: Method) -> 
         _malformed("timeout_ms is 0: the call was over before it was sent")
     if header.reply_codec not in limits.codecs:
         _malformed(f"reply_codec {header.reply_codec} is not one this run allows")
-    if not math.isfinite(header.score):
-        _malformed(f"score must be finite, not {header.score}")
+    if not 0.0 <= header.score < math.inf:  # written so that NaN fails it too
+        _malformed(f"score must be finite and at least 0, not {header.score}")
     if method is Method.BACKWARD:
         if header.mode != Mode.TRAIN:
             _malformed("an eval call has no backward")

@@ -204,6 +204,15 @@ async def test_a_backward_over_no_loss_tokens_is_invalid(loss_tokens: float) -> 
 
 
 @pytest.mark.hostile
+@pytest.mark.parametrize("score", [-0.1, float("nan"), float("inf")])
+async def test_a_score_that_nobody_could_have_is_invalid(score: float) -> None:
+    frames = await frames_of(forward_call())
+    frames[0].header.score = score
+
+    assert "score must be finite" in (await _refusal_of(frames))[1]
+
+
+@pytest.mark.hostile
 async def test_a_backward_needs_gradients_and_training_and_rows_for_an_index() -> None:
     forward = await frames_of(forward_call(loss_tokens=1.0))
     evaluated = await frames_of(backward_call())

@@ -325,6 +325,21 @@ def test_rows_that_are_written_to_between_forward_and_backward_teach_nobody_anyt
     assert all(version == 0 for peer in swarm.peers for version in peer.versions().values())
 
 
+def test_a_call_says_how_much_the_router_wanted_its_pairs(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, scores = plan_of(swarm), []
+    for peer in swarm.peers:
+        answer = peer.host.answer
+        monkeypatch.setattr(
+            peer.host, "answer", lambda *args, answer=answer: scores.append(args[2].score) or answer(*args)
+        )
+
+    swarm.experts.run(X_TD, plan, 0, step_of())
+
+    by_peer = [{uid.index for uid in peer.bank.uids if uid.layer == 0} for peer in swarm.peers]
+    wanted = [float(plan.weights_N[[int(slot) in slots for slot in plan.expert_N]].mean()) for slots in by_peer]
+    assert sorted(scores) == pytest.approx(sorted(wanted))
+
+
 class _LateLoop:
     """A loop that is too busy to say in time how a call ended."""
 

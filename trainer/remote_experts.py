@@ -6,9 +6,9 @@ The training thread encodes and decodes, each call and each group of an answer w
 only moves bytes.
 """
 
+import math
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +27,12 @@ from peer.messages import (
     Outcome,
     ReplyLimits,
 )
-from peer.tensors import Role, WireTensor, all_finite, decode, encode
+from peer.tensors import Role, WireTensor, all_finite, encode
 from peer.transport import Endpoint, Method, Transport
 from peer.wire_codecs import Codec
 from trainer.absences import Absences
-from trainer.caller import Ending, Heard, Said
+from trainer.asked import Answered, AskedBackward, AskedForward
+from trainer.caller import Ending, Said
 from trainer.ledger import BackwardOutcome, LossReason
 from trainer.packing import PeerGroup, group_by_destination
 from trainer.routing.plan import Plan
@@ -45,17 +46,6 @@ class Experts(Protocol):
     def run(self, x_TD: Tensor, plan: Plan, layer: int, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Outputs (N, D), zero where lost, differentiable in x; and which pairs came back, (N,) bool."""
         ...
-
-
-@dataclass(frozen=True)
-class _Answered:
-    """A call that brought something back: where its backward goes."""
-
-    group: PeerGroup[Endpoint]
-    """Only the pairs that came back."""
-    call: Call
-    """Its rows are kept to be sent once more, should the peer have forgotten them."""
-    versions: dict[int, int]
 
 
 class RemoteExperts:
@@ -96,7 +86,7 @@ class _Exchange:
         self._scope = micro_batch.scope
         self._loss_tokens = micro_batch.loss_tokens
         self._mode = mode
-        self._answered: list[_Answered] | None = []
+        self._answered: list[Answered] | None = []
         """None once their backwards have been sent."""
         self.ok_N = torch.zeros(plan.num_pairs, dtype=torch.bool)
 
@@ -106,7 +96,7 @@ class _Exchange:
         groups = group_by_destination(
             self._plan, self._experts.switchboard.assign(self._plan, self._layer, self._scope)
         )
-        asked = [_AskedForward(group) for group in groups]
+        asked = [AskedForward(group) for group in groups]
         for number, said in self._ask(Method.FORWARD, (self._outgoing_forward(forward, x_TD) for forward in asked)):
             asked[number].hear(said, out_ND, self.ok_N)
         if not self.ok_N.all():
@@ -119,7 +109,7 @@ class _Exchange:
             self._scope.answered(self._layer, sent=self._plan.num_pairs, answered=int(self.ok_N.sum()))
         return out_ND
 
-    def _outgoing_forward(self, forward: "_AskedForward", x_TD: Tensor) -> Outgoing:
+    def _outgoing_forward(self, forward: AskedForward, x_TD: Tensor) -> Outgoing:
         group = forward.group
         forward.call = Call(
             call_id=secrets.token_bytes(CALL_ID_BYTES),
@@ -133,11 +123,12 @@ class _Exchange:
                 Role.ROWS: encode(group.take_rows(x_TD), Role.ROWS, self._experts.forward_codec),
                 **_layout(group, self._plan),
             },
+            score=_score(group, self._plan),
         )
         limits = ReplyLimits.of(forward.call, Method.FORWARD, num_rows=group.num_rows)
         return Outgoing(group.destination, forward.call, limits)
 
-    def _conclude(self, forward: "_AskedForward") -> None:
+    def _conclude(self, forward: AskedForward) -> None:
         """Blame, keep and count, once nothing more will be heard."""
         if forward.non_finite:
             self._scope.suspect(forward.group.destination.peer_id)
@@ -147,7 +138,7 @@ class _Exchange:
             assert self._answered is not None
             assert forward.call is not None
             group = forward.group.only(list(forward.versions))
-            self._answered.append(_Answered(group, forward.call, forward.versions))
+            self._answered.append(Answered(group, forward.call, forward.versions))
         self._scope.ledger.call(answered=bool(forward.versions))
         for expert in forward.group.experts:
             if (reason := forward.loss_reason(expert.slot)) is None:
@@ -168,11 +159,11 @@ class _Exchange:
         reachable = [answered for answered in sent if not self._is_suspect(answered)]
         for _ in range(len(sent) - len(reachable)):
             self._scope.ledger.backward(BackwardOutcome.LOST)
-        asked = self._ask_backward([_AskedBackward(answered) for answered in reachable], grad_out_ND, with_rows=False)
+        asked = self._ask_backward([AskedBackward(answered) for answered in reachable], grad_out_ND, with_rows=False)
         missed = [backward for backward in asked if backward.is_missed and not self._is_suspect(backward.answered)]
         for _ in missed:
             self._scope.ledger.retried()
-        again = [_AskedBackward(backward.answered) for backward in missed]
+        again = [AskedBackward(backward.answered) for backward in missed]
         self._ask_backward(again, grad_out_ND, with_rows=True)
         grad_x_TD: Tensor | None = None
         for backward in [*(backward for backward in asked if backward not in missed), *again]:
@@ -186,15 +177,13 @@ class _Exchange:
             return grad_out_ND.new_zeros(self._plan.num_tokens, grad_out_ND.shape[1])
         return grad_x_TD
 
-    def _ask_backward(
-        self, asked: list["_AskedBackward"], grad_out_ND: Tensor, *, with_rows: bool
-    ) -> list["_AskedBackward"]:
+    def _ask_backward(self, asked: list[AskedBackward], grad_out_ND: Tensor, *, with_rows: bool) -> list[AskedBackward]:
         outgoing = (self._outgoing_backward(backward.answered, grad_out_ND, with_rows=with_rows) for backward in asked)
         for number, said in self._ask(Method.BACKWARD, outgoing):
             asked[number].hear(said)
         return asked
 
-    def _outgoing_backward(self, answered: _Answered, grad_out_ND: Tensor, *, with_rows: bool) -> Outgoing:
+    def _outgoing_backward(self, answered: Answered, grad_out_ND: Tensor, *, with_rows: bool) -> Outgoing:
         """With its rows it is what a peer needs that has forgotten them."""
         group, codec, call_id = answered.group, self._experts.backward_codec, answered.call.call_id
         grad_ND = group.take_pairs(grad_out_ND)
@@ -219,10 +208,10 @@ class _Exchange:
                 self._scope.ledger.moved(bytes_up=said.bytes_up, bytes_down=said.bytes_down)
             yield number, said
 
-    def _is_suspect(self, answered: _Answered) -> bool:
+    def _is_suspect(self, answered: Answered) -> bool:
         return self._scope.is_suspect(answered.group.destination.peer_id)
 
-    def _outcome(self, backward: "_AskedBackward") -> BackwardOutcome:
+    def _outcome(self, backward: AskedBackward) -> BackwardOutcome:
         """Its gradients are lost when the peer failed or sent something not finite."""
         heard, group = backward.heard, backward.answered.group
         if heard.is_all(Outcome.STALE):
@@ -236,61 +225,6 @@ class _Exchange:
             self._scope.suspect(group.destination.peer_id)
             return BackwardOutcome.LOST
         return BackwardOutcome.APPLIED
-
-
-class _AskedForward:
-    """One peer's part of a forward, while its answer comes in."""
-
-    def __init__(self, group: PeerGroup[Endpoint]) -> None:
-        self.group = group
-        self.call: Call | None = None
-        """None until it is its turn to be sent."""
-        self.versions: dict[int, int] = {}
-        """Of the experts whose rows have come back."""
-        self.non_finite: set[int] = set()
-        """Experts whose rows the peer called good, and were not."""
-        self._heard = Heard()
-
-    def hear(self, said: Said, out_ND: Tensor, ok_N: Tensor) -> None:
-        """Write a group's rows into their pairs, unless they are not finite."""
-        self._heard.hear(said)
-        if isinstance(said, Ending) or said.tensor is None:
-            return
-        versions = {expert.index: expert.version for expert in said.experts if expert.outcome is Outcome.OK}
-        rows_ND = decode(said.tensor)
-        if not all_finite(rows_ND):
-            self.non_finite |= versions.keys()
-            return
-        self.group.place(rows_ND, list(versions), out_ND)
-        for expert in self.group.experts:
-            if expert.slot in versions:
-                ok_N[expert.pairs] = True
-        self.versions |= versions
-
-    def loss_reason(self, slot: int) -> LossReason | None:
-        return LossReason.NON_FINITE if slot in self.non_finite else self._heard.loss_reason(slot)
-
-
-class _AskedBackward:
-    """One peer's part of a backward, while its answer comes in."""
-
-    def __init__(self, answered: _Answered) -> None:
-        self.answered = answered
-        self.heard = Heard()
-        self.grad_UD: Tensor | None = None
-        """The sum of what has come so far."""
-
-    @property
-    def is_missed(self) -> bool:
-        """The peer has forgotten the inputs."""
-        return self.heard.is_all(Outcome.MISSING_INPUTS)
-
-    def hear(self, said: Said) -> None:
-        self.heard.hear(said)
-        if isinstance(said, Ending) or said.tensor is None:
-            return
-        rows_UD = decode(said.tensor)
-        self.grad_UD = rows_UD if self.grad_UD is None else self.grad_UD.add_(rows_UD)
 
 
 class _RemoteCall(torch.autograd.Function):
@@ -323,3 +257,9 @@ def _layout(group: PeerGroup[Endpoint], plan: Plan) -> dict[Role, WireTensor]:
     if lengths is not None:
         layout[Role.LENGTHS] = encode(torch.tensor(lengths, dtype=torch.int32), Role.LENGTHS, Codec.RAW)
     return layout
+
+
+def _score(group: PeerGroup[Endpoint], plan: Plan) -> float:
+    """Mean router weight of its pairs: a peer with too much to do declines the calls that matter least."""
+    mean = float(group.take_pairs(plan.weights_N.detach()).mean())
+    return mean if 0.0 <= mean < math.inf else 0.0
