@@ -32,6 +32,7 @@ from torch import Tensor
 from peer import fp16_scaled, int8_blocks
 from peer.dither import Dither
 from peer.manifest import WireCodec
+from peer.staging import to_device, to_host
 from protos import swarm_pb2 as pb
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory, little-endian"
@@ -81,7 +82,7 @@ def pack(tensor: Tensor, dtype: DType, codec: Codec, *, dither_seed: int | None 
     if tensor.dtype != _INSIDE[dtype]:
         raise TypeError(f"expected a tensor of {_INSIDE[dtype]}, got {tensor.dtype}")
     dither = Dither(dither_seed, tensor.device) if dither_seed is not None and codec is Codec.INT8 else None
-    return _FORMATS[dtype, codec].pack(tensor.detach().contiguous(), dither).to("cpu").numpy().data
+    return to_host(_FORMATS[dtype, codec].pack(tensor.detach().contiguous(), dither)).numpy().data
 
 
 def unpack(data: Buffer, dtype: DType, codec: Codec, shape: Sequence[int], *, device: torch.device = CPU) -> Tensor:
@@ -90,7 +91,7 @@ def unpack(data: Buffer, dtype: DType, codec: Codec, shape: Sequence[int], *, de
     On the CPU fp32 and int32 are not copied: the tensor lives in `data`, which must be writable and is the tensor's
     from now on. The others are read once.
     """
-    return _FORMATS[dtype, codec].unpack(torch.frombuffer(data, dtype=torch.uint8).to(device), tuple(shape))
+    return _FORMATS[dtype, codec].unpack(to_device(torch.frombuffer(data, dtype=torch.uint8), device), tuple(shape))
 
 
 class _Format(Protocol):
