@@ -1,7 +1,7 @@
 """What does a peer do when four times as much is asked of it as it can compute?
 
-One peer process (two experts `ffn`, D 256, H 1024, one compute thread) and eight trainers on one event loop here. A
-trainer sends training forwards of 256 rows in bf16, and for each that is answered the backward of it. First the peer's
+One peer process (two experts `ffn`, D 256, H 2048, one compute thread) and eight trainers on one event loop here. A
+trainer sends training forwards of 512 rows in bf16, and for each that is answered the backward of it. First the peer's
 best is measured: all trainers wait for their answers, with one to four calls of each in flight. Then calls are started
 at four times the rate of that best, whatever becomes of them.
 
@@ -44,8 +44,8 @@ from protos.swarm_pb2 import InfoReply, InfoRequest
 from trainer.caller import send_call
 from trainer.ledger import LossReason
 
-DIM, HIDDEN, NUM_EXPERTS = 256, 1024, 2
-NUM_TRAINERS, CALL_ROWS = 8, 256
+DIM, HIDDEN, NUM_EXPERTS = 256, 2048, 2
+NUM_TRAINERS, CALL_ROWS = 8, 512
 TIMEOUT_S = 2.0
 OVERLOAD = 4.0
 ROOM_BYTES = 64 << 20

@@ -23,6 +23,10 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
+_LAST_WORD_SHARE = 0.05
+"""Of a call's time, for the news that it takes too long."""
+
+
 class ComputeThreadStopped(Exception):
     """The peer is closing; what was still queued will not be done."""
 
@@ -163,8 +167,12 @@ class ComputeThread(Generic[W, R]):
             raise ComputeThreadStopped
 
     async def _begin(self, call: Waiting[W], inbox: _Inbox[R]) -> tuple[R, bool]:
-        """The first part, or Declined as soon as it is too late to begin."""
+        """The first part; or Declined, as soon as it is too late to begin or what was begun takes too long.
+
+        Whoever is declined knows where it stands; whoever hears nothing by its deadline suspects the peer.
+        """
         now_s = time.monotonic()
+        left_s = call.deadline_s - now_s
         try:
             async with asyncio.timeout(max(0.0, self._queue.start_by_s(call, now_s=now_s) - now_s)):
                 return await inbox.get()
@@ -172,7 +180,11 @@ class ComputeThread(Generic[W, R]):
             with self._wake:
                 if self._queue.withdraw(call):
                     raise Declined("its turn would come too late for its deadline; try later") from None
-        return await inbox.get()
+        try:
+            async with asyncio.timeout(max(0.0, call.deadline_s - _LAST_WORD_SHARE * left_s - time.monotonic())):
+                return await inbox.get()
+        except TimeoutError:
+            raise Declined("it takes longer than it has; try later, or with fewer rows") from None
 
     def _main(self) -> None:
         while (work := self._next()) is not None:

@@ -112,7 +112,7 @@ class ExpertCompute:
         return self._kept.size_bytes
 
     def forget(self, key: CallKey) -> None:
-        """Let go of inputs whose backward was declined."""
+        """Let go of the inputs of a call that was declined."""
         self._kept.discard(key)
 
     def forget_expired(self, *, now_s: float) -> None:

@@ -82,7 +82,7 @@ class ExpertHost:
         self._statuses: dict[ExpertUid, ExpertStatus] = {}
         """A new one when experts come or go; else its values alone change, so that others may read it meanwhile."""
         self._declined: deque[CallKey] = deque()
-        """Backwards that will not come again; their inputs are the compute thread's to forget."""
+        """Calls whose inputs nobody will come back for; the compute thread forgets them."""
         self._saving = threading.Lock()
         self._rows_done = 0
         """Written by the compute thread alone."""
@@ -144,8 +144,7 @@ class ExpertHost:
                 async for group in groups:
                     yield group
         except Declined as declined:
-            if method is Method.BACKWARD:
-                self._declined.append(request.key)
+            self._declined.append(request.key)
             raise CallRefused(Refusal.OVERLOADED, str(declined)) from None
 
     async def host(self, uids: Sequence[ExpertUid], saved: Mapping[ExpertUid, ExpertState]) -> None:

@@ -212,7 +212,7 @@ async def test_a_call_whose_turn_comes_too_late_is_declined_before_its_deadline(
         assert thread.queued_rows == 0
 
 
-async def test_a_call_that_runs_by_then_is_not_declined() -> None:
+async def test_a_call_that_takes_longer_than_it_has_is_declined_before_its_deadline() -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def run_batch(works: Sequence[str], more: Callable[[], bool]) -> Iterator[Part[str]]:
@@ -222,14 +222,15 @@ async def test_a_call_that_runs_by_then_is_not_declined() -> None:
 
     thread = thread_of(run_batch)
     thread.start()
-    running = asking(thread, call("a", timeout_s=0.02))
-    await asyncio.to_thread(begun.wait, 5.0)
-    done, _ = await asyncio.wait([running], timeout=0.05)
-    assert not done
+    slow = call("a", timeout_s=0.2)
 
+    with pytest.raises(Declined, match="longer than it has"):
+        await ask(thread, slow)
+
+    assert begun.is_set()
+    assert time.monotonic() < slow.deadline_s
     go_on.set()
-
-    assert await running == ["A"]
+    assert await ask(thread, call("b")) == ["B"]
     assert thread.close(timeout_s=5.0)
 
 
