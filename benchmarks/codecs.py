@@ -167,7 +167,7 @@ def figures(*, full: bool) -> dict[str, Any]:
     """Everything the benchmark says."""
     return {
         "gb_per_s": {
-            f"{rows}x{dim}": {name: round(speed, 2) for name, speed in speeds((rows, dim), turns=20).items()}
+            f"{rows}x{dim}": {name: round(speed, 2) for name, speed in speeds((rows, dim), turns=40).items()}
             for rows, dim in SHAPES
         },
         **(learning(seeds=3, steps=1500) if full else learning(seeds=1, steps=100)),
