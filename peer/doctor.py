@@ -124,6 +124,8 @@ def _chi(machine: Machine) -> Check | None:
     """How busy the link lets the device be, for each kind of expert of the run; a run has one."""
     if machine.swarm is None or machine.swarm.manifest is None:
         return None
+    if machine.swarm.kind_error is not None:
+        return Check("chi", "error", machine.swarm.kind_error, "install the package that has the run's expert kind")
     manifest, rates = machine.swarm.manifest, machine.swarm.rates
     chi = chi_of(rates, manifest.wire, dim=manifest.expert.dim)
     if chi is None or rates.link is None or rates.device is None:

@@ -44,6 +44,8 @@ class SwarmSeen:
     manifest: RunManifest | None = None
     rates: Rates = field(default_factory=Rates)
     """Of the link to whoever answered, and of the device on experts of that run."""
+    kind_error: str | None = None
+    """Why experts of that run cannot be hosted here; None when they can."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,11 @@ async def _swarm_seen(join: tuple[str, ...], device: torch.device | None) -> Swa
     finally:
         await transport.close()
     run = introduction.manifest
-    speed = await asyncio.to_thread(measure_device, run, device) if device is not None else None
+    speed, kind_error = None, None
+    try:
+        speed = await asyncio.to_thread(measure_device, run, device) if device is not None else None
+    except ValueError as error:
+        kind_error = str(error)
     return SwarmSeen(
         f"{run.name}, {len(run.uids())} experts",
         elapsed_ms,
@@ -131,6 +137,7 @@ async def _swarm_seen(join: tuple[str, ...], device: torch.device | None) -> Swa
         speaks_our_version=True,
         manifest=run,
         rates=Rates(link=link, device=speed),
+        kind_error=kind_error,
     )
 
 

@@ -84,6 +84,7 @@ def test_a_machine_in_good_order_needs_no_fix() -> None:
         ("swarm", "error", {"swarm": SwarmSeen("", 0.0, "nobody let us in", speaks_our_version=True)}),
         ("swarm", "error", {"swarm": SwarmSeen("", 0.0, "protocol 1, theirs 2", speaks_our_version=False)}),
         ("chi", "warn", {"swarm": swarm(rates(0.19))}),
+        ("chi", "error", {"swarm": replace(swarm(rates(1.0)), kind_error="expert kind 'conv' is not known")}),
     ],
 )
 def test_each_complaint_says_what_to_do(name: str, status: str, change: dict[str, Any]) -> None:
@@ -148,10 +149,16 @@ def test_a_swarm_that_does_not_answer_is_reported_with_the_reason(closed_port: s
 
 
 @pytest.fixture
-def coordinator() -> Iterator[str]:
+def kind() -> str:
+    return "swiglu"
+
+
+@pytest.fixture
+def coordinator(kind: str) -> Iterator[str]:
     """HOST:PORT/KEY of an introducer on a real socket."""
     owner = Identity.generate()
-    manifest = SIX_EXPERTS.model_copy(update={"owner": owner.peer_id})
+    expert = SIX_EXPERTS.expert.model_copy(update={"kind": kind})
+    manifest = SIX_EXPERTS.model_copy(update={"owner": owner.peer_id, "expert": expert})
 
     async def serve(transport: GrpcTransport) -> str:
         introducer = Introducer(
@@ -179,6 +186,15 @@ def test_the_way_to_a_swarm_and_the_device_on_its_experts_are_measured(coordinat
     assert checks["link"].status == "ok"
     assert "bit/s up" in checks["link"].detail
     assert checks["chi"].detail.startswith("swiglu experts of 128 x 16 at ")
+
+
+@pytest.mark.parametrize("kind", ["conv"])
+def test_a_run_whose_expert_kind_is_not_installed_is_an_error(coordinator: str) -> None:
+    checks = {check.name: check for check in diagnose(look(DoctorSettings(join=(coordinator,), device="cpu")))}
+
+    assert checks["link"].status == "ok"
+    assert checks["chi"].status == "error"
+    assert "'conv' is not known" in checks["chi"].detail
 
 
 def test_a_device_that_is_not_here_is_an_error() -> None:
