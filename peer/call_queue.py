@@ -168,6 +168,8 @@ class CallQueue(Generic[T]):
 
     def _seconds_ahead(self, call: Waiting[T]) -> float:
         """What the device does before it comes to this call, if all callers get the same share of it."""
+        if self._num_calls == 0:
+            return 0.0
         callers = {caller for lane in self._lanes.values() for caller in lane.callers()}
         own_s = self._seconds_of(call.caller, call.lane)
         share_s = own_s + self._cost_s(call.lane, call.num_rows)

@@ -8,6 +8,7 @@ widening). The buffer is what lets a peer check and count bytes on the event loo
 """
 
 import hashlib
+import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -107,7 +108,7 @@ def decode(wire: WireTensor, *, device: torch.device = codecs.CPU) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """No NaN, no infinity. One pass and no mask of the tensor's size, except for values whose sum overflows."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def decode_row_index(wire: WireTensor, *, num_rows: int) -> Tensor:

@@ -22,6 +22,7 @@ from trainer.scope import StepScope
 
 log = structlog.get_logger(__name__)
 
+_Talk = Talk[tuple[int, Said]]  # here: an inner function's annotations are worked out anew at every call
 _BRIDGE_SLACK_S = 0.5
 """Calls end by their own deadlines; the training thread waits this much longer for the loop to say so."""
 
@@ -64,7 +65,7 @@ class Switchboard:
         timeout_s = min(self._call_timeout_s, scope.deadline_s - began_s)
         asked: list[Outgoing] = []
 
-        def talks() -> Iterator[Talk[tuple[int, Said]]]:
+        def talks() -> Iterator[_Talk]:
             for number, outgoing in enumerate(calls):
                 asked.append(outgoing)
                 yield partial(self._talk, number, outgoing, method, began_s + timeout_s)
