@@ -2,6 +2,11 @@
 
 A chunk frame is the same in both directions: the tag of field 2, a length, the bytes. It is written and read by hand,
 because protobuf would copy every chunk twice at either end; any other protobuf encoding of a frame is understood too.
+
+A byte of a tensor is copied four times on its way, encryption aside: out of the tensor into a frame, by gRPC into a
+slice of its own (its Python API takes whole messages), by gRPC out of what came into a message, and into the receiver's
+buffer, which grows with the bytes that come, because what was announced may never come. The tensor lives in that
+buffer. A trainer copies outputs once more, to where their pairs are.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
