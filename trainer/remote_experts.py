@@ -164,7 +164,8 @@ class _Exchange:
         for _ in missed:
             self._scope.ledger.retried()
         again = [AskedBackward(backward.answered) for backward in missed]
-        self._ask_backward(again, grad_out_ND, with_rows=True)
+        if again:
+            self._ask_backward(again, grad_out_ND, with_rows=True)
         grad_x_TD: Tensor | None = None
         for backward in [*(backward for backward in asked if backward not in missed), *again]:
             outcome = self._outcome(backward)
