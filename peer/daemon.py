@@ -94,15 +94,7 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
                 dht_host=listen_ip(listen_host),
             )
         )
-        keep_run(settings.state_dir, member.manifest)
-        snapshots = SnapshotFolder(settings.state_dir / "experts")
-        async with asyncio.TaskGroup() as starting:  # the link is measured while torch does its first work
-            link = starting.create_task(measured_link(member, random.Random()), name="measure-link")
-            saved = await asyncio.to_thread(_restore, snapshots, member.manifest.run_id)
-            host, device = await asyncio.to_thread(_make_host, settings, member.manifest, snapshots)
-            speed = await asyncio.to_thread(measure_device, member.manifest, device)
-        rates = Rates(link=link.result(), device=speed)
-        tell_chi(member.manifest, rates)
+        saved, host, device, rates = await _prepare(settings, member)
         host.start()
         stack.push_async_callback(asyncio.to_thread, host.close, timeout_s=_COMPUTE_GRACE_S)
         service = ExpertService(
@@ -125,6 +117,22 @@ async def hosting(settings: PeerSettings, identity: Identity, supervisor: DhtSup
             yield f"{place.endpoint.address}/{identity.peer_id}"
             for task in running:
                 task.cancel()
+
+
+async def _prepare(
+    settings: PeerSettings, member: Membership
+) -> tuple[Mapping[ExpertUid, ExpertState], ExpertHost, torch.device, Rates]:
+    """Read what was saved, make the host, measure the link while torch does its first work; tell what it carries."""
+    keep_run(settings.state_dir, member.manifest)
+    snapshots = SnapshotFolder(settings.state_dir / "experts")
+    async with asyncio.TaskGroup() as tasks:
+        link = tasks.create_task(measured_link(member, random.Random()), name="measure-link")
+        saved = await asyncio.to_thread(_restore, snapshots, member.manifest.run_id)
+        host, device = await asyncio.to_thread(_make_host, settings, member.manifest, snapshots)
+        speed = await asyncio.to_thread(measure_device, member.manifest, device)
+    rates = Rates(link=link.result(), device=speed)
+    tell_chi(member.manifest, rates)
+    return saved, host, device, rates
 
 
 def _restore(snapshots: SnapshotFolder, run_id: RunId) -> Mapping[ExpertUid, ExpertState]:
