@@ -67,8 +67,8 @@ def matches(*, full: bool) -> list[Match]:
     in_process = Way(("layer",), Turn("in_process", LAYER_TOKENS, 1, 2))
     found.append(Match("layer_bound", in_process, best[:1], turns))
     tokens = LAYER_TOKENS if full else DOCUMENTED_TOKENS
-    documented = Way(("layer", "FLOAT16"), Turn("documented", tokens, 1, 1), scale=LAYER_TOKENS / tokens)
-    found.append(Match("layer_vs_documented", Way(("layer",), layer), (documented,), turns=3))
+    documented = Way(("layer", "FLOAT16"), Turn("documented", tokens, 1, 2), scale=LAYER_TOKENS / tokens)
+    found.append(Match("layer_vs_documented", Way(("layer",), layer), (documented,), turns=3 if full else 1))
     return found
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from typing import IO
@@ -27,6 +28,8 @@ _SHOWN_LOG = 4000
 
 Round = Callable[[], object]
 """One forward and backward of one client."""
+Task = Callable[[int], AbstractContextManager[Round]]
+"""Makes rounds of so many rows; leaving it may raise, if they were none."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,16 @@ class TurnFailed(Exception):
     """A round raised: the turn has no time."""
 
 
-def answer_turns(tasks: Mapping[str, Callable[[int], Round]]) -> None:
-    """The contestant's side: say that it is ready, then take turns until stdin ends. A task makes rounds of N rows."""
+def answer_turns(tasks: Mapping[str, Task]) -> None:
+    """The contestant's side: say that it is ready, then take turns until stdin ends."""
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     print(READY, file=answers)
     for line in _lines_while_wanted():
         turn = Turn(**json.loads(line))
         try:
-            answer = {"seconds": seconds_per_round(turn, tasks[turn.task](turn.rows))}
+            with tasks[turn.task](turn.rows) as one_round:
+                answer = {"seconds": seconds_per_round(turn, one_round)}
         except Exception as error:  # the top of a turn: the next one may go well
             answer = {"failed": repr(error)}
         print(json.dumps(answer), file=answers)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.versus import kinds
 from benchmarks.versus.contest import Round, answer_turns
@@ -22,14 +22,17 @@ from swarmoe.run_presets import manifest_toml
 from trainer.local_experts import LocalExperts
 from trainer.moe import MoELayer
 from trainer.routing.gate import softmax
+from trainer.routing.plan import Plan
 from trainer.routing.router import Router
-from trainer.routing.selection import TopK
+from trainer.routing.score import LinearScore
+from trainer.routing.selection import Pairs, Scores, TopK
 from trainer.routing.view import View
 from trainer.swarm import router_for
 
 DIM = 256
 LAYER_EXPERTS, LAYER_TOP_K = 16, 2
 _START_WITHIN_S = 60.0
+_DICE = torch.Generator()
 _PRECISE = WireSettings(codecs=("fp32",), forward_codec="fp32", backward_codec="fp32", call_timeout_s=60.0)
 
 
@@ -53,18 +56,35 @@ RUNS = {
 }
 
 
-class _NoScore(nn.Module):
-    """The same for every expert."""
+class _ToOne(Router):
+    """Every row to the one expert of its layer, with weight 1: what a `RemoteExpert` of hivemind's does."""
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return x_TD.new_zeros(x_TD.shape[0], 1)
+    def __init__(self) -> None:
+        super().__init__(LinearScore(1, 1, generator=_DICE), softmax, TopK(1), norm="none", generator=_DICE)
+
+    def forward(self, x_TD: Tensor, view: View, *, seq_len: int | None = None) -> Plan:
+        num_rows = len(x_TD)
+        ones_T1, rows_T = x_TD.new_ones(num_rows, 1), torch.arange(num_rows)
+        zeros_T = torch.zeros_like(rows_T)
+        return Plan(
+            num_tokens=num_rows,
+            seq_len=num_rows,
+            token_N=rows_T,
+            expert_N=zeros_T,
+            weights_N=ones_T1[:, 0],
+            chosen=Pairs(rows_T, zeros_T, rank_M=zeros_T, fate_M=zeros_T),
+            weights_M=ones_T1[:, 0],
+            scores=Scores(
+                ones_T1, ones_T1, view.prior_E, view.alive_E, view.share_E, view.num_live, True, self.draw_seed
+            ),
+            norm="none",
+            scale=1.0,
+        )  # fmt: skip
 
 
 def router_of(run: RunManifest) -> Router:
-    """The run's own; for a single expert, one that sends it every row with weight 1."""
-    if run.experts_per_layer > 1:
-        return router_for(run, 0)
-    return Router(_NoScore(), softmax, TopK(1), norm="none", generator=torch.Generator())
+    """The run's own, or none to speak of for a single expert."""
+    return router_for(run, 0) if run.experts_per_layer > 1 else _ToOne()
 
 
 def in_process(run: RunManifest) -> MoELayer:
@@ -76,18 +96,20 @@ def in_process(run: RunManifest) -> MoELayer:
     return MoELayer(0, router_of(run), LocalExperts(bank), lambda _: view, timeout_s=60.0)
 
 
-def rounds_of(moe: MoELayer, num_rows: int) -> Round:
-    """Forward and backward through the layer; RuntimeError when a pair or a backward was lost."""
+@contextlib.contextmanager
+def rounds_of(moe: MoELayer, num_rows: int) -> Generator[Round]:
+    """Forwards and backwards through the layer; RuntimeError when a pair or a backward of them was lost."""
     x_TD = torch.randn(num_rows, DIM, generator=torch.Generator().manual_seed(0))
 
     def one_round() -> None:
         y_TD = moe(x_TD.clone().requires_grad_())
         (y_TD.sum() + moe.loss).backward()
-        counts = moe.ledger.read()
-        if counts.pairs["lost"] or counts.backwards["lost"]:
-            raise RuntimeError(f"pairs or backwards were lost: {counts}")
 
-    return one_round
+    before = moe.ledger.read()
+    yield one_round
+    after = moe.ledger.read()
+    if (before.pairs["lost"], before.backwards["lost"]) != (after.pairs["lost"], after.backwards["lost"]):
+        raise RuntimeError(f"pairs or backwards were lost: {after}")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from hivemind.proto import runtime_pb2
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from benchmarks.versus.contest import Round, answer_turns
+from benchmarks.versus.contest import Round, Task, answer_turns
 from benchmarks.versus.ours import DIM, LAYER_EXPERTS, LAYER_TOP_K
 from trainer.routing.presets import build_router
 from trainer.routing.view import View
@@ -93,22 +93,23 @@ def _gradient(output: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
     return torch.autograd.grad(output, x, gradient)[0]
 
 
-def rounds_of(module: Any, num_rows: int) -> Round:
-    """Forward and backward through a RemoteExpert or a RemoteMixtureOfExperts."""
+@contextlib.contextmanager
+def rounds_of(module: Any, num_rows: int) -> Generator[Round]:
+    """Forwards and backwards through a RemoteExpert or a RemoteMixtureOfExperts."""
     x = _rows(num_rows)
 
     def one_round() -> None:
         module(x.clone().requires_grad_()).sum().backward()
 
-    return one_round
+    yield one_round
 
 
-def layer_rounds(experts: list[Any], num_rows: int) -> Round:
+@contextlib.contextmanager
+def layer_rounds(experts: list[Any], num_rows: int) -> Generator[Round]:
     """The layer as hivemind does it best: every expert gets all its rows in one call, all calls at once."""
     x = _rows(num_rows)
     router = build_router("mixtral", dim=DIM, num_experts=len(experts), top_k=LAYER_TOP_K)
     view = View.all_alive(0, len(experts))
-    threads = ThreadPoolExecutor(len(experts))
 
     def one_round() -> None:
         x_TD = x.clone().requires_grad_()
@@ -118,7 +119,8 @@ def layer_rounds(experts: list[Any], num_rows: int) -> Round:
         outputs = _Parallel.apply(threads, [experts[slot] for slot, _ in groups], *sent)
         (plan.combine(torch.cat(outputs)).sum() + router.loss(plan)).backward()
 
-    return one_round
+    with ThreadPoolExecutor(len(experts)) as threads:
+        yield one_round
 
 
 def _rows(num_rows: int) -> Tensor:
@@ -158,14 +160,13 @@ def main() -> None:
         dht = hivemind.DHT(initial_peers=addresses, start=True, **LOOPBACK)
         try:
             experts = _find(dht, _uids(options.scene))
-            tasks: dict[str, Callable[[int], Round]] = {"round": lambda rows: rounds_of(experts[0], rows)}
+            tasks: dict[str, Task] = {"round": partial(rounds_of, experts[0])}
             if options.scene == "layer":
                 mixture = hivemind.RemoteMixtureOfExperts(
                     in_features=DIM, grid_size=(LAYER_EXPERTS,), dht=dht, uid_prefix="layer.", k_best=LAYER_TOP_K,
                     k_min=1, forward_timeout=_CALL_TIMEOUT_S, backward_timeout=_CALL_TIMEOUT_S,
                 )  # fmt: skip
-                tasks["round"] = lambda rows: layer_rounds(experts, rows)
-                tasks["documented"] = lambda rows: rounds_of(mixture, rows)
+                tasks = {"round": partial(layer_rounds, experts), "documented": partial(rounds_of, mixture)}
             answer_turns(tasks)
         finally:
             dht.shutdown()
