@@ -1,7 +1,7 @@
 """Is the share of its time that a peer can work min(1, chi), chi = W / W*?
 
 One expert on one peer behind an emulated link of W bits a second each way: `ffn`, one `block` or a `stack` of four, of
-D 64 to 512 (H = 4 D; sequences of 64 tokens for the last two), forward and backward, six micro-batches in flight,
+D 64 to 512 (H = 4 D; sequences of 16 tokens for the last two), forward and backward, twelve micro-batches in flight,
 in three codecs. Utilisation is tokens a second through the link over tokens a second without a limit, measured in
 turns; W* = 2 D b F / (FLOPs of a token) is what that unlimited rate needs, with F the FLOP/s it amounts to.
 Printed besides: message bytes of a token against 4 D b (one expert a token), b the plain width of a value in bytes.
@@ -27,11 +27,12 @@ from peer.links import Link
 from peer.manifest import ModelSettings, RouterSettings, RunManifest, WireSettings
 from trainer.moe import MoELayer
 
-CONTEXT = 64
-ROUNDS, WINDOW_S = 3, 0.8
+CONTEXT = 16
+ROUNDS, WINDOW_S = 2, 0.8
 """Of each point: so often, so long without the limit and so long with it."""
-IN_FLIGHT = 6
-MICRO_BATCH_S = 0.06
+IN_FLIGHT = 12
+"""As many take turns on the two directions: with few, one is idle while all wait for the other."""
+MICRO_BATCH_S = 0.04
 """What a micro-batch aims to take of the link, or of the peer."""
 MIN_VALUES, MAX_TOKENS = 8192, 4096
 """Of a micro-batch: enough that headers do not count, and that the pipeline fills in time."""
@@ -92,7 +93,7 @@ class Series:
         self._layer: MoELayer = peer.layer(0, self._wire)
         self._dim = self._run.expert.dim
         self._is_sequence_level = expert_kind(self._run.expert.kind).is_sequence_level
-        self._num_tokens = 16 * CONTEXT
+        self._num_tokens = MAX_TOKENS
         self.unlimited_per_s = self._tokens_per_s(MAX_TOKENS, mbit=None)
 
     def needed_mbit(self) -> float:
@@ -100,13 +101,13 @@ class Series:
         return needed_bits_per_s(self.unlimited_per_s, self._wire, dim=self._dim) / 1e6
 
     def measure(self, mbit: float) -> Point:
-        """Unlimited and limited rates in turns: the median of their ratios, and chi of the median unlimited rate."""
+        """Unlimited and limited rates in turns; their medians are held against each other."""
         unlimited_per_s: list[float] = []
-        ratios: list[float] = []
+        limited_per_s: list[float] = []
         for _ in range(ROUNDS):
             unlimited_per_s.append(self._tokens_per_s(self.unlimited_per_s, mbit=None))
             expected_per_s = unlimited_per_s[-1] * min(1.0, mbit / self.needed_mbit())
-            ratios.append(self._tokens_per_s(expected_per_s, mbit=mbit) / unlimited_per_s[-1])
+            limited_per_s.append(self._tokens_per_s(expected_per_s, mbit=mbit))
         self.unlimited_per_s = statistics.median(unlimited_per_s)
         kind = expert_kind(self._run.expert.kind)
         return Point(
@@ -116,7 +117,7 @@ class Series:
             mbit=mbit,
             gflops=3 * kind.flops_per_token(self._run.expert, context=CONTEXT) * self.unlimited_per_s / 1e9,
             chi=Chi(mbit, self.needed_mbit()).value,
-            utilisation=statistics.median(ratios),
+            utilisation=statistics.median(limited_per_s) / self.unlimited_per_s,
             bytes_ratio=self._bytes_per_token() / (4 * self._dim * CODECS[self._codec]),
         )
 
@@ -128,7 +129,7 @@ class Series:
         self._num_tokens = max(1, round(wanted / whole)) * whole
         with Stage(self._micro_batch, in_flight=IN_FLIGHT) as stage:
             stage.skip(2 * IN_FLIGHT)
-            times_s = stage.observe(for_s=WINDOW_S, at_least=3 * IN_FLIGHT)
+            times_s = stage.observe(for_s=WINDOW_S, at_least=2 * IN_FLIGHT)
         return parts_per_s(times_s) / 2 * self._num_tokens
 
     def _micro_batch(self, part_done: Callable[[], None]) -> None:
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     shapes = FULL_SHAPES if options.full else [("ffn", 512)]
-    chis = (0.1, 0.4, 3.0) if options.full else (0.3, 3.0)
+    chis = (0.15, 0.5, 3.0) if options.full else (0.3, 3.0)
     if not options.json:
         say(
             f"{'kind':<6} {'D':>4} {'codec':<5} {'Mbit/s':>7} {'GFLOP/s':>8} {'chi':>7} {'busy':>6} {'error':>6}  bytes"

@@ -99,10 +99,10 @@ class Point:
     """Of one micro-batch, in this process and the peer's."""
 
 
-def model(alone: Point, fastest: Point, point: Point) -> float:
+def model(alone: Point, fastest_per_s: float, point: Point) -> float:
     """Micro-batches a second: what the CPU can do, or what so many in flight can when each waits for its calls."""
     call_s = 1 / (alone.micro_batches_per_s * NUM_CALLS)
-    return min(fastest.micro_batches_per_s, point.in_flight / (NUM_CALLS * (call_s + point.delay_ms / 1e3)))
+    return min(fastest_per_s, point.in_flight / (NUM_CALLS * (call_s + point.delay_ms / 1e3)))
 
 
 def measure_all(delays_ms: Sequence[int], in_flights: Sequence[int], *, for_s: float) -> dict[str, float]:
@@ -113,11 +113,14 @@ def measure_all(delays_ms: Sequence[int], in_flights: Sequence[int], *, for_s: f
         alone = chain.measure(in_flight=1, delay_ms=0, for_s=for_s / 2)
         figures: dict[str, float] = {"tokens": chain.num_tokens}
         for in_flight in in_flights:
-            points = [chain.measure(in_flight=in_flight, delay_ms=delay_ms, for_s=for_s) for delay_ms in delays_ms]
-            for point in points:
+            points = [
+                chain.measure(in_flight=in_flight, delay_ms=delay_ms, for_s=for_s) for delay_ms in (*delays_ms, 0)
+            ]
+            fastest_per_s = (points[0].micro_batches_per_s + points[-1].micro_batches_per_s) / 2  # the machine drifts
+            for point in points[:-1]:
                 name = f"j{in_flight}_{point.delay_ms:g}ms"
-                figures[f"{name}_ratio"] = point.micro_batches_per_s / points[0].micro_batches_per_s
-                figures[f"{name}_model"] = model(alone, points[0], point) / points[0].micro_batches_per_s
+                figures[f"{name}_ratio"] = point.micro_batches_per_s / fastest_per_s
+                figures[f"{name}_model"] = model(alone, fastest_per_s, point) / fastest_per_s
                 figures[f"{name}_tokens_per_s"] = point.micro_batches_per_s * chain.num_tokens
                 figures[f"{name}_cpu_s"] = point.cpu_s
     return figures
@@ -131,9 +134,9 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     if options.full:
-        figures = measure_all(FULL_DELAYS_MS, (IN_FLIGHT, 1), for_s=15.0)
+        figures = measure_all(FULL_DELAYS_MS, (IN_FLIGHT, 1), for_s=12.0)
     else:
-        figures = measure_all(QUICK_DELAYS_MS, (IN_FLIGHT,), for_s=6.0)
+        figures = measure_all(QUICK_DELAYS_MS, (IN_FLIGHT,), for_s=5.0)
     if options.json:
         say(json.dumps({name: round(value, 4) for name, value in figures.items()}))
     else:
