@@ -25,7 +25,9 @@ class RecordGuard:
         self._keys = keys
         self._now_unix_s = now_unix_s
         # hivemind hands over the SHA-1 that places a key in the DHT, not the key.
-        self._kinds = {hashlib.sha1(key).digest(): (kind, key) for key, kind in keys.kinds().items()}
+        self._kinds: dict[bytes, tuple[Kind, bytes]] = {
+            hashlib.sha1(key).digest(): (kind, key) for key, kind in keys.kinds().items()
+        }
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
 
     def accepts(
