@@ -9,7 +9,8 @@ at four times the rate of that best, whatever becomes of them.
 machine's mood changes). Bound by what the peer pays for declining, on the same two cores as its compute thread and all
 trainers, and for forwards whose backward it declines. `late`: calls neither answered nor declined by their deadline,
 two seconds; `trainers_lag_s` is the longest that the trainers' own loop stood still meanwhile. `rss_growth`: of the
-peer's memory, the last fifth of the overload over its second fifth, less 1. `--full` overloads for 60 s, else for 12.
+peer's memory, the last fifth of the overload over its second fifth, less 1. `recomputed_share`: of the rows that went
+back, those whose outputs were computed again. `--full` overloads for 60 s, else for 12.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
@@ -34,6 +35,7 @@ from peer.device import limit_compute_threads
 from peer.expert_host import ExpertHost
 from peer.grpc_transport import GrpcTransport
 from peer.identity import Identity
+from peer.kept_inputs import KeptInputsCounts
 from peer.manifest import ModelSettings, RunManifest
 from peer.messages import CALL_ID_BYTES, Call, CallLimits, ExpertRows, GroupReply, Mode, Outcome, ReplyLimits
 from peer.service import ExpertService
@@ -74,7 +76,9 @@ async def _serve(ready: Connection) -> None:
     service = ExpertService(host, CallLimits.of(RUN), _introduce, max_bytes_in_flight=ROOM_BYTES)
     server = await transport.serve(service, "127.0.0.1:0")
     ready.send(Endpoint(identity.peer_id, server.address, transport.certificate_der))
-    await asyncio.to_thread(ready.recv)
+    with suppress(EOFError):  # whoever measured has failed
+        await asyncio.to_thread(ready.recv)
+        ready.send(host.kept_inputs)
     await transport.close()
     await asyncio.to_thread(host.close, timeout_s=5.0)
 
@@ -84,15 +88,21 @@ def _introduce(_: InfoRequest) -> InfoReply:
 
 
 @contextmanager
-def peer_process() -> Generator[tuple[Endpoint, psutil.Process]]:
-    """Gives the peer's endpoint and its process."""
+def peer_process() -> Generator[tuple[Endpoint, psutil.Process, Callable[[], KeptInputsCounts]]]:
+    """Gives the peer's endpoint and its process, and a way to end it and hear what keeping inputs was good for."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,))
     process.start()
-    try:
-        yield ours.recv(), psutil.Process(process.pid)
-    finally:
+    theirs.close()
+
+    def end() -> KeptInputsCounts:
         ours.send("end")
+        return ours.recv()
+
+    try:
+        yield ours.recv(), psutil.Process(process.pid), end
+    finally:
+        ours.close()  # which ends it too
         process.join(timeout=20)
 
 
@@ -270,8 +280,14 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
     options = parser.parse_args(argv)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     best_s, overload_s = (5.0, 60.0) if options.full else (2.5, 12.0)
-    with peer_process() as (endpoint, process):
+    with peer_process() as (endpoint, process, end):
         figures = asyncio.run(measure(endpoint, process, best_s=best_s, overload_s=overload_s))
+        kept = end()
+    figures |= {
+        "recomputed_share": kept.rows_recomputed / (kept.rows_recomputed + kept.rows_from_graph),
+        "mb_not_sent_twice": kept.uplink_bytes_saved / 2**20,
+        "inputs_missed": kept.missed,
+    }
     if options.json:
         say(json.dumps({name: round(value, 4) for name, value in figures.items()}))
     else:
