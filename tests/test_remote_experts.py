@@ -1,14 +1,20 @@
 """One layer's pairs through other people's machines and back, under autograd."""
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from peer.event_loop import Talk
+from peer.messages import ExpertOutcome, GroupReply, Outcome
+from peer.tensors import Role, encode
 from peer.transport import Method
-from tests.swarm import DIM, MemorySwarm, local_experts, local_states, seeded, step_of, tiny_run, uids
+from peer.wire_codecs import Codec
+from tests.swarm import DIM, MemorySwarm, VirtualBridge, local_experts, local_states, seeded, step_of, tiny_run, uids
 from trainer.ledger import LossReason
 from trainer.remote_experts import RemoteExperts
 from trainer.routing.plan import Plan
@@ -364,6 +370,47 @@ def test_a_loop_that_answers_too_late_loses_the_calls_and_not_the_training(swarm
     assert not ok_N.any()
     assert micro_batch.scope.ledger.read().lost_by_reason[LossReason.TIMEOUT] == 40
     assert not any(micro_batch.scope.is_suspect(peer.peer_id) for peer in swarm.peers)
+
+
+class _GarblingLoop:
+    """Hears good answers, then without end a group whose rows fit nowhere."""
+
+    def __init__(self, bridge: VirtualBridge, *, num_good: int) -> None:
+        self._bridge = bridge
+        self._num_good = num_good
+        self.is_listening = False
+
+    def listen(self, talks: Iterable[Talk[Any]], *, timeout_s: float) -> Iterator[Any]:
+        if self._num_good > 0:
+            self._num_good -= 1
+            yield from self._bridge.listen(talks, timeout_s=timeout_s)
+            return
+        assert list(talks)
+        self.is_listening = True
+        try:
+            for width in itertools.count(3):
+                rows = encode(torch.zeros(1, width), Role.ROWS, Codec.RAW)
+                yield 0, GroupReply((ExpertOutcome(0, Outcome.OK, 0),), rows)
+        finally:
+            self.is_listening = False
+
+
+@pytest.mark.parametrize("num_good", [0, 1], ids=["forward", "backward"])
+def test_an_answer_that_cannot_be_placed_ends_every_call_of_its_layer(swarm: MemorySwarm, num_good: int) -> None:
+    loop = _GarblingLoop(swarm.bridge, num_good=num_good)
+    experts = RemoteExperts(
+        run_id=swarm.manifest.run_id,
+        wire=tiny_run().wire,
+        transport=swarm.transport,
+        directory=swarm.directory,
+        loop=loop,
+    )
+
+    with pytest.raises(RuntimeError) as raised:  # whose traceback keeps every frame it went through
+        there_and_back(experts, plan_of(swarm))
+
+    assert "size" in str(raised.value)
+    assert not loop.is_listening
 
 
 def test_over_a_real_loop_a_silent_swarm_costs_one_deadline() -> None:
