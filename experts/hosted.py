@@ -31,7 +31,7 @@ class Hosted:
         return self.gathered.rows if self.gathered is not None else 0
 
     def gather(self, gradients: Tensors, *, rows: int, loss_tokens: float) -> None:
-        """Takes the gradients over: with a step after every backward they are never copied."""
+        """Takes the gradients over: with a step after each backward they are never copied."""
         if self.gathered is None:
             self.gathered = Gathered(gradients, rows, loss_tokens)
             return

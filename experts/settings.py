@@ -44,4 +44,4 @@ class ExpertOptimizerSettings(BaseModel):
     """Rows of its own after which a cosine has taken the rate down to `final_rate_share`; none: constant."""
     final_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     step_tokens: Annotated[int, Field(ge=1)] = 1
-    """Rows an expert gathers before it takes a step; 1 steps after every backward."""
+    """Rows an expert gathers before it takes a step; 1 steps after every backward, or after all that came at once."""
