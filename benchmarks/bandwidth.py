@@ -28,7 +28,7 @@ from peer.manifest import ModelSettings, RouterSettings, RunManifest, WireSettin
 from trainer.moe import MoELayer
 
 CONTEXT = 16
-ROUNDS, WINDOW_S = 2, 0.8
+ROUNDS, WINDOW_S = 2, 1.0
 """Of each point: so often, so long without the limit and so long with it."""
 IN_FLIGHT = 12
 """As many take turns on the two directions: with few, one is idle while all wait for the other."""
@@ -129,7 +129,7 @@ class Series:
         self._num_tokens = max(1, round(wanted / whole)) * whole
         with Stage(self._micro_batch, in_flight=IN_FLIGHT) as stage:
             stage.skip(2 * IN_FLIGHT)
-            times_s = stage.observe(for_s=WINDOW_S, at_least=2 * IN_FLIGHT)
+            times_s = stage.observe(for_s=WINDOW_S, at_least=3 * IN_FLIGHT)
         return parts_per_s(times_s) / 2 * self._num_tokens
 
     def _micro_batch(self, part_done: Callable[[], None]) -> None:
