@@ -8,7 +8,7 @@ Everything here runs on the one compute thread of the device, so nothing here is
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from experts.bank import ExpertBank, Pass
 from experts.uid import ExpertUid
 from peer.answer_groups import AnswerGroups
 from peer.applied import AppliedBackwards
+from peer.call_tensors import CallTensors
 from peer.compute_thread import Part
 from peer.errors import MalformedMessage
 from peer.fitting_passes import DoesNotFit, FittingPasses
 from peer.kept_inputs import CallKey, KeptInputs, KeptInputsCounts
 from peer.messages import ExpertOutcome, GroupReply, Outcome
+from peer.opened_calls import KeptCall, OpenedBackward, OpenedForward, Turn
 from peer.pair_rows import Merged, PairRows, pairs_of
 from peer.requests import Request
-from peer.tensors import Role, WireTensor, all_finite, decode, decode_lengths, decode_row_index, encode
+from peer.tensors import Role, WireTensor, all_finite, encode
 from peer.transport import CallRefused, Method, Refusal
 
 REPLY_LIFETIME_S = 30.0
@@ -44,49 +46,6 @@ class Memory:
     reply_bytes: int
 
 
-@dataclass(frozen=True)
-class _KeptCall:
-    rows: PairRows
-    run: Pass | None
-    """With the autograd graph; None when outputs must be computed again."""
-    sent_bytes: int
-    """What its caller would have to send once more."""
-
-
-@dataclass(frozen=True)
-class _Forward:
-    position: int
-    request: Request
-    rows: PairRows
-    """Of the experts that are here."""
-
-
-@dataclass
-class _Backward:
-    position: int
-    request: Request
-    outcomes: dict[ExpertUid, Outcome]
-    rows: PairRows
-    """Of the experts that take it."""
-    grad_ND: Tensor
-    run: Pass | None
-    grad_x_ND: Tensor | None = None
-    refused: CallRefused | None = None
-
-    def failed(self, uids: set[ExpertUid]) -> None:
-        """These experts' own gradients were not finite."""
-        self.outcomes |= dict.fromkeys(uids & set(self.rows.uids), Outcome.NON_FINITE)
-
-
-@dataclass
-class _Turn:
-    """Backwards since the experts' last step."""
-
-    gathered: set[ExpertUid] = field(default_factory=set[ExpertUid])
-    non_finite: set[ExpertUid] = field(default_factory=set[ExpertUid])
-    """Experts that threw a gradient away: whose it was has been told."""
-
-
 class ExpertCompute:
     """The experts of one device and what is remembered between their calls."""
 
@@ -96,15 +55,14 @@ class ExpertCompute:
         self.bank = bank
         self.rows_served: Counter[ExpertUid] = Counter()
         self.kept_counts = KeptInputsCounts()
-        self._device = device
         self._max_staleness = max_staleness
-        self._longest_sequence = longest_sequence
+        self._tensors = CallTensors(device=device, longest_sequence=longest_sequence)
         self._passes = FittingPasses(bank, device=device)
-        self._kept: KeptInputs[_KeptCall] = KeptInputs(max_bytes=memory.kept_bytes, lifetime_s=memory.kept_lifetime_s)
+        self._kept: KeptInputs[KeptCall] = KeptInputs(max_bytes=memory.kept_bytes, lifetime_s=memory.kept_lifetime_s)
         self._applied: AppliedBackwards[GroupReply] = AppliedBackwards(
             max_reply_bytes=memory.reply_bytes, lifetime_s=max(REPLY_LIFETIME_S, memory.kept_lifetime_s)
         )
-        self._turn = _Turn()
+        self._turn = Turn()
 
     @property
     def kept_bytes(self) -> int:
@@ -136,21 +94,21 @@ class ExpertCompute:
 
     def step(self) -> frozenset[ExpertUid]:
         """Have the experts step that have gathered enough; gives those that could not use what they had gathered."""
-        turn, self._turn = self._turn, _Turn()
+        turn, self._turn = self._turn, Turn()
         steps = self.bank.step([uid for uid in turn.gathered if uid in self.bank])
         return steps.non_finite - turn.non_finite
 
     # ---- forward
 
     def _forwards(self, numbered: Numbered, now_s: float) -> Parts:
-        forwards: list[_Forward] = []
+        forwards: list[OpenedForward] = []
         for position, request in numbered:
             try:
-                rows = self._rows(request).only({uid for uid in request.uids if uid in self.bank})
+                rows = self._tensors.rows(request).only({uid for uid in request.uids if uid in self.bank})
             except MalformedMessage as error:
                 yield Part(position, _invalid(error))
             else:
-                forwards.append(_Forward(position, request, rows))
+                forwards.append(OpenedForward(position, request, rows))
         together = [forward for forward in forwards if forward.rows.uids]
         outs = self._outputs_together([forward.rows for forward in together], now_s) if len(together) > 1 else None
         if outs is None:
@@ -173,7 +131,7 @@ class ExpertCompute:
             return None
         return list(merged.split(out_ND)) if all_finite(out_ND) else None
 
-    def _forward_alone(self, forward: _Forward, now_s: float) -> Parts:
+    def _forward_alone(self, forward: OpenedForward, now_s: float) -> Parts:
         rows, groups = forward.rows, self._groups(forward)
         run: Pass | None = None
         counts = dict(zip(rows.uids, rows.counts, strict=True))
@@ -192,23 +150,23 @@ class ExpertCompute:
         self._keep(forward, finite, run if finite is rows else None, now_s)
         yield Part(forward.position, groups.take())
 
-    def _groups(self, forward: _Forward) -> AnswerGroups:
+    def _groups(self, forward: OpenedForward) -> AnswerGroups:
         versions = {uid: self.bank.version(uid) for uid in forward.rows.uids}
         return AnswerGroups(forward.request.call, versions, forward.rows.uids)
 
-    def _keep(self, forward: _Forward, rows: PairRows, run: Pass | None, now_s: float) -> None:
+    def _keep(self, forward: OpenedForward, rows: PairRows, run: Pass | None, now_s: float) -> None:
         call = forward.request.call
         if not call.is_training or not rows.uids:
             return
         graph_bytes = run.out_ND.nbytes + run.graph_bytes if run is not None else 0
-        kept = _KeptCall(rows, run, call.size_bytes)
+        kept = KeptCall(rows, run, call.size_bytes)
         self._kept.keep(forward.request.key, kept, size_bytes=rows.x_ND.nbytes + graph_bytes, now_s=now_s)
         self.rows_served.update(dict(zip(rows.uids, rows.counts, strict=True)))
 
     # ---- backward
 
     def _backwards(self, numbered: Numbered, now_s: float, more_backwards: Callable[[], bool]) -> Parts:
-        backwards: list[_Backward] = []
+        backwards: list[OpenedBackward] = []
         repeats: list[tuple[int, Request]] = []
         keys: set[CallKey] = set()
         for position, request in numbered:
@@ -223,7 +181,7 @@ class ExpertCompute:
             except CallRefused as refusal:
                 yield Part(position, refusal)
             else:
-                if isinstance(opened, _Backward):
+                if isinstance(opened, OpenedBackward):
                     backwards.append(opened)
                 else:
                     yield Part(position, opened)
@@ -237,7 +195,7 @@ class ExpertCompute:
         if repeats:  # of calls in this very batch: by now these have their answers
             yield from self._backwards(repeats, now_s, more_backwards)
 
-    def _open(self, position: int, request: Request, now_s: float) -> _Backward | GroupReply:
+    def _open(self, position: int, request: Request, now_s: float) -> OpenedBackward | GroupReply:
         """A backward that is to be applied, or the answer to one that is not."""
         call = request.call
         if self._applied.was_applied(request.key):
@@ -247,9 +205,9 @@ class ExpertCompute:
         if kept is None and Role.ROWS not in call.tensors:
             self.kept_counts.missed += 1
             return self._all(request, Outcome.MISSING_INPUTS)
-        grad_ND = self._decode_finite(call.tensors[Role.GRADIENTS])
+        grad_ND = self._tensors.gradients(call)
         if kept is None:
-            rows = self._rows(request)
+            rows = self._tensors.rows(request)
         else:
             rows = kept.rows
             _check_same_pairs(request, rows)
@@ -259,14 +217,14 @@ class ExpertCompute:
         outcomes = {
             uid: self._admit(uid, expert.version) for uid, expert in zip(request.uids, call.experts, strict=True)
         }
-        admitted = [uid for uid, outcome in outcomes.items() if outcome is Outcome.OK]
+        admitted = {uid for uid, outcome in outcomes.items() if outcome is Outcome.OK}
         if len(admitted) < len(outcomes):
             grad_ND = grad_ND[pairs_of(request.uids, request.counts, admitted).to(grad_ND.device)]
         taken = rows.only(admitted)
         run = kept.run if kept is not None and taken is kept.rows else None
-        return _Backward(position, request, outcomes, taken, grad_ND, run)
+        return OpenedBackward(position, request, outcomes, taken, grad_ND, run)
 
-    def _learn(self, backwards: Sequence[_Backward], now_s: float) -> None:
+    def _learn(self, backwards: Sequence[OpenedBackward], now_s: float) -> None:
         """Have the experts gather the gradients of these calls, and write down what came of it."""
         if not backwards:
             return
@@ -288,7 +246,7 @@ class ExpertCompute:
             elif spoilt := non_finite & set(backward.rows.uids):
                 self._learn_alone(backward, spoilt, part_ND, now_s)
 
-    def _learn_alone(self, backward: _Backward, spoilt: set[ExpertUid], grad_x_ND: Tensor, now_s: float) -> None:
+    def _learn_alone(self, backward: OpenedBackward, spoilt: set[ExpertUid], grad_x_ND: Tensor, now_s: float) -> None:
         """Once more for experts that threw away what several calls taught them: one's fault is not the others'."""
         spans = backward.rows.spans()
         for uid in spoilt:
@@ -310,7 +268,7 @@ class ExpertCompute:
         self.kept_counts.went_back(rows.num_pairs, used_graph=gathered.used_graph)
         return gathered.grad_x_ND, gathered.non_finite
 
-    def _does_not_fit(self, backwards: Sequence[_Backward], error: DoesNotFit) -> None:
+    def _does_not_fit(self, backwards: Sequence[OpenedBackward], error: DoesNotFit) -> None:
         for backward in backwards:
             if error.has_begun:  # some of it has been learnt, and must not be learnt again
                 self._turn.gathered.update(backward.rows.uids)
@@ -318,7 +276,7 @@ class ExpertCompute:
             else:
                 backward.refused = CallRefused(Refusal.OVERLOADED, str(error))
 
-    def _backward_answer(self, backward: _Backward, now_s: float) -> GroupReply | CallRefused:
+    def _backward_answer(self, backward: OpenedBackward, now_s: float) -> GroupReply | CallRefused:
         if backward.refused is not None:
             return backward.refused
         call = backward.request.call
@@ -332,26 +290,6 @@ class ExpertCompute:
         return reply
 
     # ---- both
-
-    def _rows(self, request: Request) -> PairRows:
-        """Decode a call's rows and spread them to its pairs. One copy where rows are shared, none otherwise."""
-        call = request.call
-        x_UD = self._decode_finite(call.tensors[Role.ROWS])
-        lengths = None
-        if Role.LENGTHS in call.tensors:
-            longest = self._longest_sequence
-            lengths = decode_lengths(call.tensors[Role.LENGTHS], counts=request.counts, longest=longest)
-        num_distinct = x_UD.shape[0]
-        if Role.ROW_INDEX not in call.tensors:
-            return PairRows(request.uids, request.counts, num_distinct, x_UD, None, lengths)
-        row_index_N = decode_row_index(call.tensors[Role.ROW_INDEX], num_rows=num_distinct).to(self._device)
-        return PairRows(request.uids, request.counts, num_distinct, x_UD[row_index_N], row_index_N, lengths)
-
-    def _decode_finite(self, sent: WireTensor) -> Tensor:
-        tensor = decode(sent, device=self._device)
-        if not all_finite(tensor):
-            raise MalformedMessage(f"{sent.spec.role.name} holds NaN or infinity")
-        return tensor
 
     def _admit(self, uid: ExpertUid, version_seen: int) -> Outcome:
         if uid not in self.bank:
@@ -372,6 +310,7 @@ def _invalid(error: MalformedMessage) -> CallRefused:
 
 def _check_same_pairs(request: Request, rows: PairRows) -> None:
     """A backward names experts of its forward, in its order, with as many pairs each."""
-    named = list(zip(request.uids, request.counts, strict=True))
-    if named != [pair for pair in zip(rows.uids, rows.counts, strict=True) if pair in named]:
+    pairs = list(zip(request.uids, request.counts, strict=True))
+    named = set(pairs)
+    if pairs != [pair for pair in zip(rows.uids, rows.counts, strict=True) if pair in named]:
         raise CallRefused(Refusal.INVALID, "the backward names experts, rows or an order that its forward did not have")

@@ -360,6 +360,27 @@ def test_a_backward_that_is_not_its_forwards_is_refused_and_teaches_nothing(expe
     assert versions(peer) == [0, 0, 0]
 
 
+def test_a_backward_of_many_experts_is_held_against_its_forward_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_experts, compared = 60, 0
+    peer = compute(hosted=num_experts)
+    experts = tuple(ExpertRows(index, 1) for index in range(num_experts))
+    x_ND = torch.zeros(num_experts, D)
+    call = forward(experts=experts, tensors={Role.ROWS: encode(x_ND, Role.ROWS, Codec.RAW)})
+    ask(peer, Method.FORWARD, call)
+    equal = ExpertUid.__eq__
+
+    def counting(one: ExpertUid, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return equal(one, other)
+
+    monkeypatch.setattr(ExpertUid, "__eq__", counting)
+    reply = ask(peer, Method.BACKWARD, backward(call, grad_ND=x_ND))
+
+    assert set(outcomes(reply).values()) == {Outcome.OK}
+    assert compared < 20 * num_experts
+
+
 def test_a_backward_of_another_layer_than_its_forward_is_refused() -> None:
     peer = compute()
     call = forward()
