@@ -110,13 +110,13 @@ class ExpertCompute:
             else:
                 forwards.append(OpenedForward(position, request, rows))
         together = [forward for forward in forwards if forward.rows.uids]
+        alone = [forward for forward in forwards if not forward.rows.uids]
         outs = self._outputs_together([forward.rows for forward in together], now_s) if len(together) > 1 else None
         if outs is None:
-            together = []
-        for forward in forwards:
-            if forward not in together:
-                yield from self._forward_alone(forward, now_s)
-        for forward, out_ND in zip(together, outs or (), strict=True):
+            together, alone, outs = [], forwards, []
+        for forward in alone:
+            yield from self._forward_alone(forward, now_s)
+        for forward, out_ND in zip(together, outs, strict=True):
             groups = self._groups(forward)
             groups.add(forward.rows.uids, forward.rows.counts, out_ND)
             self._keep(forward, forward.rows, None, now_s)
