@@ -7,9 +7,9 @@ all the others: on one CPU core with four calls in flight (`ffn`, D 256, H 1024,
 times as long.
 
 Calls that are small for their experts run together as one pass. Measured as above, forward and backward of four calls
-together, against one by one with one step: 0.45 of the time at 1 row per expert and call, 0.7 at 32, 1.1 at 128, where
-computing the outputs again costs more than the passes that it saves. Nothing waits for company on an idle device: what
-comes while it works is company enough.
+together, against one by one with one step: 0.45 of the time at 1 row per expert and call, 0.7 at 32, and 1.1 to 1.5
+from 128 on, where computing the outputs again costs more than the passes that it saves. Nothing waits for company on
+an idle device: what comes while it works is company enough.
 
 Over capacity the caller with the most rows waiting loses its own lowest-scored forward: whoever lies about scores
 loses its better calls for its worse ones. A backward makes room for itself among forwards, never the other way round:
