@@ -16,6 +16,8 @@ from experts.settings import ExpertOptimizerSettings, ExpertShape
 from experts.uid import ExpertUid, RunId
 from peer.expert_compute import ExpertCompute, Memory
 from peer.messages import Call, ExpertRows, GroupReply, Mode, Outcome
+from peer.opened_calls import OpenedForward
+from peer.opened_calls import OpenedForward
 from peer.requests import Request
 from peer.tensors import Role, decode, encode
 from peer.transport import CallRefused, Method, PeerId, Refusal
@@ -259,6 +261,23 @@ def test_a_backward_that_came_twice_at_once_is_applied_once() -> None:
 
     assert torch.equal(values(first), values(second))
     assert versions(peer) == [1, 0, 0, 0]
+
+
+def test_forwards_that_run_together_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+
+    def counting(one: object, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return one is other
+
+    monkeypatch.setattr(OpenedForward, "__eq__", counting)
+    answers = ask(compute(), *(forward({index % 5: 1}) for index in range(10)))  # the bank has no fifth
+
+    assert [outcomes(parts)[index % 5] for index, parts in enumerate(answers)] == (
+        [*[Outcome.OK] * 4, Outcome.UNKNOWN_EXPERT] * 2
+    )
+    assert compared == 0
 
 
 # ---- steps and graphs
