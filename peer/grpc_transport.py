@@ -41,11 +41,16 @@ _OPTIONS: list[tuple[str, int | str]] = [
 
 _MAX_IDLE_LINES = 64
 """Per connection and method. As many calls as were ever under way together, up to this."""
+_MAX_UNUSED_S = 120.0
+"""A connection without a call for so long is closed: peers come and go, and most do not come back."""
+_TIDY_EVERY_S = 10.0
 
 
 @dataclass(eq=False)
 class _Connection:
     channel: Any
+    used_s: float
+    """When it was dialled or a call last ended, on the loop's clock."""
     num_calls: int = 0
     is_retired: bool = False
     idle: defaultdict[Method, list[CallerLine]] = field(default_factory=lambda: defaultdict(list))
@@ -67,6 +72,11 @@ class _Connection:
         else:
             self.idle[method].append(line)
 
+    def cut_idle(self) -> None:
+        for lines in self.idle.values():
+            while lines:
+                lines.pop().cut()
+
 
 class GrpcTransport:
     """Dials and listens as one identity with one certificate. Belongs to the event loop it is first used on."""
@@ -76,6 +86,10 @@ class GrpcTransport:
         self._certificate = certificate or Certificate.generate()
         self._issuer = CredentialIssuer(identity)
         self._connections: dict[PeerId, tuple[Endpoint, _Connection]] = {}
+        self._unclosed: set[_Connection] = set()
+        """These, and the retired ones whose last calls are under way."""
+        self._closing: set[asyncio.Task[None]] = set()
+        self._tidying: asyncio.TimerHandle | None = None
         self._servers: list[GrpcServer] = []
 
     @property
@@ -131,13 +145,14 @@ class GrpcTransport:
         finally:
             deadline.cancel()
             connection.num_calls -= 1
+            connection.used_s = asyncio.get_running_loop().time()
             if is_over:
                 connection.keep(method, line)
             else:
                 sender.cancel()
                 line.cut()
                 await asyncio.wait([sender])
-            await _close_if_unused(connection)
+            self._close_if_over(connection)
 
     async def serve(self, servicer: Servicer, listen: str) -> GrpcServer:
         """See `Transport`."""
@@ -150,10 +165,15 @@ class GrpcTransport:
         """Cut every call, in and out, and close. Idempotent."""
         for server in self._servers:
             await server.close(0)
-        connections = [connection for _, connection in self._connections.values()]
+        if self._tidying is not None:
+            self._tidying.cancel()
+            self._tidying = None
+        connections = list(self._unclosed)
         self._connections.clear()
+        self._unclosed.clear()
         for connection in connections:
             await connection.channel.close()
+        await asyncio.gather(*self._closing)
 
     def _open(self, connection: _Connection, endpoint: Endpoint, method: Method, timeout_s: float) -> CallerLine:
         credential = self._issuer.credential(endpoint, now_unix_s=time.time())
@@ -169,15 +189,41 @@ class GrpcTransport:
             if known == endpoint:
                 return connection
             self._retire(known, connection)
-        connection = _Connection(_dial(endpoint.address, endpoint.certificate_der))
+        now_s = asyncio.get_running_loop().time()
+        connection = _Connection(_dial(endpoint.address, endpoint.certificate_der), used_s=now_s)
         self._connections[endpoint.peer_id] = (endpoint, connection)
+        self._unclosed.add(connection)
+        if self._tidying is None:
+            self._tidy_later()
         return connection
 
     def _retire(self, endpoint: Endpoint, connection: _Connection) -> None:
         """No new calls on this one; it closes with its last call."""
         connection.is_retired = True
+        connection.cut_idle()
         if self._connections.get(endpoint.peer_id) == (endpoint, connection):
             del self._connections[endpoint.peer_id]
+        self._close_if_over(connection)
+
+    def _close_if_over(self, connection: _Connection) -> None:
+        if connection.is_retired and connection.num_calls == 0 and connection in self._unclosed:
+            self._unclosed.remove(connection)
+            closing = asyncio.create_task(connection.channel.close())  # ours: awaited in `close`
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    def _tidy_later(self) -> None:
+        self._tidying = asyncio.get_running_loop().call_later(_TIDY_EVERY_S, self._tidy)
+
+    def _tidy(self) -> None:
+        """Let go of what nobody has used for long; from time to time, while there are connections."""
+        self._tidying = None
+        now_s = asyncio.get_running_loop().time()
+        for endpoint, connection in list(self._connections.values()):
+            if connection.num_calls == 0 and now_s - connection.used_s > _MAX_UNUSED_S:
+                self._retire(endpoint, connection)
+        if self._connections:
+            self._tidy_later()
 
 
 def _dial(address: str, certificate_der: bytes) -> Any:
@@ -203,11 +249,6 @@ def _is_cancelled() -> bool:
     """Did somebody cancel the task that waits, and not only its call?"""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-async def _close_if_unused(connection: _Connection) -> None:
-    if connection.is_retired and connection.num_calls == 0:
-        await connection.channel.close()
 
 
 async def _certificate_at(address: str) -> bytes:

@@ -35,6 +35,7 @@ from peer.reply_stream import write_reply
 from peer.transport import CHUNK_BYTES, CallContext, Endpoint, Frame, Method, Refusal
 from protos.swarm_pb2 import CallFrame, InfoRequest
 from tests.transport_worlds import Member, World, ask, echo, grpc_world, sending
+from tests.virtual_clock import run_skipping, skip
 from tests.wire_calls import LIMITS, forward_call, frames_of, whole_answer
 
 StatusCode = grpc.StatusCode
@@ -469,6 +470,32 @@ async def test_a_peer_on_the_other_side_of_the_world_is_reached_at_once(world: W
     async with _far_away(peer.endpoint.address, latency_s=0.15) as address:
         assert await ask(world.member(), replace(peer.endpoint, address=address)) == [b"hello"]
         await world.close()
+
+
+async def test_the_connection_to_a_peer_that_moved_is_closed(world: World) -> None:
+    peer, trainer = await world.serving(echo), world.member()
+
+    async with asyncio.timeout(5), _far_away(peer.endpoint.address, latency_s=0) as former:
+        await ask(trainer, replace(peer.endpoint, address=former))
+        assert await ask(trainer, peer.endpoint) == [b"hello"]
+        # which ends once nobody is connected any more
+
+    assert await ask(trainer, peer.endpoint) == [b"hello"]
+
+
+def test_the_connection_to_a_peer_that_is_not_called_for_minutes_is_closed() -> None:
+    async def scenario() -> None:
+        world = grpc_world()
+        try:
+            peer, trainer = await world.serving(echo), world.member()
+            async with asyncio.timeout(150 + 5), _far_away(peer.endpoint.address, latency_s=0) as address:
+                assert await ask(trainer, replace(peer.endpoint, address=address)) == [b"hello"]
+                skip(150)
+            assert await ask(trainer, peer.endpoint) == [b"hello"]
+        finally:
+            await world.close()
+
+    run_skipping(scenario())
 
 
 async def test_an_address_of_another_machine_cannot_be_listened_on(world: World) -> None:

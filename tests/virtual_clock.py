@@ -1,7 +1,8 @@
-"""An event loop whose clock stands still while there is work, and jumps to the next timer when there is none.
+"""Event loops whose clocks belong to the test.
 
-A test of ten minutes of timeouts takes milliseconds and comes out the same every time. For code that waits for nothing
-but timers and other tasks: no sockets, no threads.
+On a virtual clock time stands still while there is work, and jumps to the next timer when there is none: a test of ten
+minutes of timeouts takes milliseconds and comes out the same every time. For code that waits for nothing but timers and
+other tasks: no sockets, no threads. Where there are sockets, the real clock can be set forward.
 """
 
 import asyncio
@@ -44,3 +45,25 @@ def run_virtual(coroutine: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` on a virtual clock."""
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         return runner.run(coroutine)
+
+
+class _ForwardLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped_s = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.skipped_s
+
+
+def run_skipping(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` on the real clock, in which the coroutine may `skip`."""
+    with asyncio.Runner(loop_factory=_ForwardLoop) as runner:
+        return runner.run(coroutine)
+
+
+def skip(duration_s: float) -> None:
+    """Have so much time gone by: what was due in it happens at the next turns of the loop."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, _ForwardLoop)
+    loop.skipped_s += duration_s
