@@ -12,7 +12,7 @@ from peer.requests import Request
 from peer.transport import CallRefused
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeptCall:
     rows: PairRows
     run: Pass | None
@@ -21,7 +21,7 @@ class KeptCall:
     """What its caller would have to send once more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpenedForward:
     position: int
     request: Request
@@ -29,7 +29,7 @@ class OpenedForward:
     """Of the experts that are here."""
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenedBackward:
     position: int
     request: Request
