@@ -17,7 +17,6 @@ from experts.uid import ExpertUid, RunId
 from peer.expert_compute import ExpertCompute, Memory
 from peer.messages import Call, ExpertRows, GroupReply, Mode, Outcome
 from peer.opened_calls import OpenedForward
-from peer.opened_calls import OpenedForward
 from peer.requests import Request
 from peer.tensors import Role, decode, encode
 from peer.transport import CallRefused, Method, PeerId, Refusal
