@@ -168,32 +168,34 @@ class ExpertCompute:
     def _backwards(self, numbered: Numbered, now_s: float, more_backwards: Callable[[], bool]) -> Parts:
         backwards: list[OpenedBackward] = []
         repeats: list[tuple[int, Request]] = []
-        keys: set[CallKey] = set()
+        firsts: set[CallKey] = set()
+        answers: dict[CallKey, GroupReply | CallRefused] = {}
         for position, request in numbered:
-            if request.key in keys:
+            if request.key in firsts:
                 repeats.append((position, request))
                 continue
-            keys.add(request.key)
+            firsts.add(request.key)
             try:
                 opened = self._open(position, request, now_s)
             except MalformedMessage as error:
-                yield Part(position, _invalid(error))
+                opened = _invalid(error)
             except CallRefused as refusal:
-                yield Part(position, refusal)
+                opened = refusal
+            if isinstance(opened, OpenedBackward):
+                backwards.append(opened)
             else:
-                if isinstance(opened, OpenedBackward):
-                    backwards.append(opened)
-                else:
-                    yield Part(position, opened)
+                answers[request.key] = opened
+                yield Part(position, opened)
         self._learn([backward for backward in backwards if backward.rows.uids], now_s)
         if not more_backwards():
             failed = set(self.step())
             for backward in backwards:
                 backward.failed(failed)
         for backward in backwards:
-            yield Part(backward.position, self._backward_answer(backward, now_s))
-        if repeats:  # of calls in this very batch: by now these have their answers
-            yield from self._backwards(repeats, now_s, more_backwards)
+            answers[backward.request.key] = answer = self._backward_answer(backward, now_s)
+            yield Part(backward.position, answer)
+        for position, request in repeats:
+            yield Part(position, answers[request.key])
 
     def _open(self, position: int, request: Request, now_s: float) -> OpenedBackward | GroupReply:
         """A backward that is to be applied, or the answer to one that is not."""

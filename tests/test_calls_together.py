@@ -279,6 +279,19 @@ def test_forwards_that_run_together_are_not_compared_with_each_other(monkeypatch
     assert compared == 0
 
 
+def test_however_often_a_backward_comes_at_once_all_are_told_the_same() -> None:
+    peer = compute()
+    call, other = forward({0: 1}), forward({1: 1})
+    ask(peer, call)
+
+    answers = ask(peer, *[backward(call)] * 2000, *[backward(other)] * 2)
+
+    assert all(parts == answers[0] for parts in answers[:2000])
+    assert outcomes(answers[0]) == {0: Outcome.OK}
+    assert [outcomes(parts) for parts in answers[2000:]] == [{1: Outcome.MISSING_INPUTS}] * 2
+    assert versions(peer) == [1, 0, 0, 0]
+
+
 # ---- steps and graphs
 
 
