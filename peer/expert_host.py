@@ -38,6 +38,8 @@ _QUEUE_SHARE = 0.0625
 """Of the free main memory, for the tensors of calls that wait."""
 MAX_QUEUED_ROWS = 1 << 20
 """However fast the device: nobody waits for more than these."""
+_MAX_DECLINED = 4096
+"""Remembered until the device has time to let go of their inputs; those of earlier ones go when they expire."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class ExpertHost:
         self._thread = ComputeThread[Request, GroupReply](self._run_batch, queue)
         self._statuses: dict[ExpertUid, ExpertStatus] = {}
         """A new one when experts come or go; else its values alone change, so that others may read it meanwhile."""
-        self._declined: deque[CallKey] = deque()
-        """Calls whose inputs nobody will come back for; the compute thread forgets them."""
+        self._declined: deque[CallKey] = deque(maxlen=_MAX_DECLINED)
+        """The latest calls whose inputs nobody will come back for; the compute thread forgets them."""
         self._saving = threading.Lock()
         self._rows_done = 0
         """Written by the compute thread alone."""
@@ -173,7 +175,12 @@ class ExpertHost:
 
     async def forget_expired(self, *, now_s: float) -> None:
         """Let go of inputs whose backward will not come: to be asked for now and then, when no call does."""
-        await self._control(lambda: self._compute.forget_expired(now_s=now_s))
+
+        def forget() -> None:
+            self._forget_declined()
+            self._compute.forget_expired(now_s=now_s)
+
+        await self._control(forget)
 
     async def save_snapshot(self, unhosted: Mapping[ExpertUid, ExpertState]) -> int:
         """Write all experts' state to the folder; returns how many. Raises OSError (disk full, read-only).
@@ -206,9 +213,13 @@ class ExpertHost:
 
         return await self._thread.run(between_calls)
 
-    def _run_batch(self, requests: Sequence[Request], more_backwards: Callable[[], bool]) -> Iterator[Part[GroupReply]]:
+    def _forget_declined(self) -> None:
+        """On the compute thread."""
         while self._declined:
             self._compute.forget(self._declined.popleft())
+
+    def _run_batch(self, requests: Sequence[Request], more_backwards: Callable[[], bool]) -> Iterator[Part[GroupReply]]:
+        self._forget_declined()
         uids = {uid for request in requests for uid in request.uids if uid in self._statuses}
         for part in self._compute.answer(requests, now_s=time.monotonic(), more_backwards=more_backwards):
             if part.is_last:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,31 @@ async def test_inputs_that_no_backward_came_for_are_forgotten_when_it_is_time(ho
 
     await host.forget_expired(now_s=time.monotonic() + 2 * RUN.wire.step_timeout_s)
     assert host.kept_bytes == 0
+
+
+async def test_inputs_of_a_declined_call_are_forgotten_though_no_call_follows(host: ExpertHost) -> None:
+    await answer(host, Method.FORWARD, ANNE, call_of())
+    async with _Blocked(host):
+        with pytest.raises(CallRefused):
+            await answer(host, Method.BACKWARD, ANNE, replace(backward_of(call_of()), timeout_s=0.0))
+
+    await host.forget_expired(now_s=time.monotonic())
+
+    assert host.kept_bytes == 0
+
+
+async def test_declined_calls_are_not_remembered_without_end_while_the_device_is_stuck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("peer.expert_host._MAX_DECLINED", 3)
+    host = make_host()
+    async with _Blocked(host):
+        for number in range(1, 6):
+            with pytest.raises(CallRefused):
+                await answer(host, Method.FORWARD, ANNE, call_of(number=number, timeout_s=0.0))
+
+        assert [int.from_bytes(call_id, "big") for _, call_id in host._declined] == [3, 4, 5]
+    assert await asyncio.to_thread(host.close, timeout_s=5.0)
 
 
 class _SlowFolder(SnapshotFolder):
