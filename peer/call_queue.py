@@ -16,12 +16,13 @@ loses its better calls for its worse ones. A backward makes room for itself amon
 its forward's work is spent already.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
 from peer.fair_queue import FairQueue
+from peer.least_wanted import LeastWanted
 from peer.pace import Pace
 
 T = TypeVar("T")
@@ -75,6 +76,8 @@ class CallQueue(Generic[T]):
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._lanes: dict[Lane, FairQueue[Waiting[T]]] = {lane: FairQueue(quantum_rows=_QUANTUM_ROWS) for lane in Lane}
+        self._least_wanted = LeastWanted[Waiting[T]]()
+        """The forwards once more."""
         self._size_bytes = 0
         self._num_calls = 0
         self._turn = Lane.BACKWARD
@@ -97,7 +100,7 @@ class CallQueue(Generic[T]):
         for other in displaced:
             self.withdraw(other)
         self._lanes[call.lane].add(call, caller=call.caller, num_rows=call.num_rows)
-        self._count(call, 1)
+        self._came(call)
         return displaced
 
     def check(self, call: Waiting[T], *, now_s: float) -> list[Waiting[T]]:
@@ -117,7 +120,7 @@ class CallQueue(Generic[T]):
         """It is not wanted any more; False when it does not wait."""
         waited = self._lanes[call.lane].remove(call, caller=call.caller)
         if waited:
-            self._count(call, -1)
+            self._went(call)
         return waited
 
     def pop_together(self) -> list[Waiting[T]]:
@@ -135,7 +138,7 @@ class CallQueue(Generic[T]):
             together.append(call)
             room_rows -= call.num_rows
             self._turn_rows_left -= call.num_rows
-            self._count(call, -1)
+            self._went(call)
             if not call.runs_together:
                 break
         return together
@@ -154,9 +157,17 @@ class CallQueue(Generic[T]):
         seconds = [self._pace.seconds(lane, 1) for lane in Lane]
         return 1 / sum(seconds) if all(seconds) else None
 
-    def _count(self, call: Waiting[T], sign: int) -> None:
-        self._num_calls += sign
-        self._size_bytes += sign * call.size_bytes
+    def _came(self, call: Waiting[T]) -> None:
+        self._num_calls += 1
+        self._size_bytes += call.size_bytes
+        if call.lane is Lane.FORWARD:
+            self._least_wanted.add(call)
+
+    def _went(self, call: Waiting[T]) -> None:
+        self._num_calls -= 1
+        self._size_bytes -= call.size_bytes
+        if call.lane is Lane.FORWARD:
+            self._least_wanted.remove(call)
 
     def _take_turns(self) -> None:
         other = Lane.FORWARD if self._turn is Lane.BACKWARD else Lane.BACKWARD
@@ -191,31 +202,17 @@ class CallQueue(Generic[T]):
 
     def _make_room(self, call: Waiting[T]) -> list[Waiting[T]]:
         """Which forwards go so that this call fits. Raises Declined when it would be the call itself."""
+        calls, rows, size_bytes = self._num_calls, self.num_rows, self._size_bytes
+        losers = self._least_wanted.losers(call if call.lane is Lane.FORWARD else None)
         displaced: list[Waiting[T]] = []
-        while self._is_over(call, displaced):
-            loser = self._next_to_go(call, displaced)
-            if loser is None or loser is call:
-                raise Declined(f"{self.num_rows} rows of {self._size_bytes} bytes are waiting already; try later")
-            displaced.append(loser)
-        return displaced
-
-    def _is_over(self, call: Waiting[T], displaced: list[Waiting[T]]) -> bool:
-        calls = self._num_calls - len(displaced)
-        rows = self.num_rows - sum(other.num_rows for other in displaced)
-        size_bytes = self._size_bytes - sum(other.size_bytes for other in displaced)
-        return calls > 0 and (
+        while calls > 0 and (
             calls + 1 > _MAX_CALLS
             or rows + call.num_rows > self._max_rows
             or size_bytes + call.size_bytes > self._max_bytes
-        )
-
-    def _next_to_go(self, call: Waiting[T], displaced: list[Waiting[T]]) -> Waiting[T] | None:
-        """Of whoever has the most rows waiting, the call's own caller included, the forward with the lowest score."""
-        forwards = self._lanes[Lane.FORWARD]
-        gone = set(displaced)
-        staying = {caller: [c for c in forwards.items_of(caller) if c not in gone] for caller in forwards.callers()}
-        if call.lane is Lane.FORWARD:
-            staying[call.caller] = [*staying.get(call.caller, []), call]
-        most = max(staying.values(), key=lambda calls: sum(c.num_rows for c in calls), default=[])
-        lowest: Callable[[Waiting[T]], float] = lambda c: c.score  # noqa: E731  typed: min's key is not inferred
-        return min(reversed(most), key=lowest, default=None)
+        ):
+            loser = next(losers, None)
+            if loser is None:
+                raise Declined(f"{self.num_rows} rows of {self._size_bytes} bytes are waiting already; try later")
+            displaced.append(loser)
+            calls, rows, size_bytes = calls - 1, rows - loser.num_rows, size_bytes - loser.size_bytes
+        return displaced

@@ -41,10 +41,6 @@ class FairQueue(Generic[T]):
         """Those with something waiting."""
         return iter(self._waiting)
 
-    def items_of(self, caller: Hashable) -> Iterator[T]:
-        """What this caller has waiting, oldest first."""
-        return iter(self._waiting.get(caller, {}))
-
     def add(self, item: T, *, caller: Hashable, num_rows: int) -> None:
         """Let an item wait. It must not be waiting already."""
         if caller not in self._waiting:

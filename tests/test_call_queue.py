@@ -251,6 +251,40 @@ def test_the_number_of_calls_is_bounded_however_small_they_are(monkeypatch: pyte
         queue.offer(forward(rows=1), now_s=NOW_S)
 
 
+class Looked(Waiting[str]):
+    """Counts how often anybody looks at the forwards of a queue."""
+
+    times = 0
+
+    def __getattribute__(self, name: str) -> object:
+        Looked.times += 1
+        return super().__getattribute__(name)
+
+
+def test_a_backward_that_displaces_all_forwards_looks_at_each_of_them_a_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_calls = 200
+    waiting = [Looked(str(n), f"caller {n % 7}", Lane.FORWARD, 1, 1, NOW_S + 100.0, n / 9) for n in range(num_calls)]
+    queue = queue_of(*waiting, max_bytes=num_calls)
+    monkeypatch.setattr(Looked, "times", 0)
+
+    displaced = queue.check(backward(size_bytes=num_calls), now_s=NOW_S)
+
+    assert set(displaced) == set(waiting)
+    assert Looked.times < 10 * num_calls
+
+
+def test_a_forward_that_displaces_one_looks_at_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = [Looked(str(n), "anne", Lane.FORWARD, 10, 1, NOW_S + 100.0, n) for n in range(200)]
+    queue = queue_of(*waiting, max_rows=2000)
+    monkeypatch.setattr(Looked, "times", 0)
+
+    assert queue.check(forward("anne", score=50.0), now_s=NOW_S) == waiting[:1]
+
+    assert Looked.times < 10
+
+
 def test_a_call_larger_than_all_bounds_gets_in_when_it_is_alone() -> None:
     queue = queue_of(max_rows=5, max_bytes=5)
 
