@@ -5,6 +5,7 @@ one call, not the server.
 """
 
 import asyncio
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -60,7 +61,9 @@ async def answer_call(
     except TimeoutError:
         return Failure.DEADLINE
     except Exception:
-        log.exception("call.failed", method=method.value, caller=context.caller)
+        # As text: a renderer that is handed the exception may print its frames' tensors, and block the loop.
+        failure = traceback.format_exc()
+        log.error("call.failed", method=method.value, caller=context.caller, exception=failure)  # noqa: TRY400
         return Failure.BUG
     return None
 

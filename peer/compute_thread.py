@@ -6,6 +6,7 @@ Knows neither tensors nor experts: what to do with a batch of calls is its owner
 import asyncio
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -216,7 +217,8 @@ class ComputeThread(Generic[W, R]):
                 if part.is_last:
                     del unanswered[part.position]
         except Exception as error:  # the top of a compute thread: one bad batch must not end the peer
-            log.exception("compute.failed", calls=len(batch.calls))
+            # As text: a renderer that is handed the exception may print its frames' tensors, which takes seconds.
+            log.error("compute.failed", calls=len(batch.calls), exception=traceback.format_exc())  # noqa: TRY400
             failure = error
         for inbox in unanswered.values():
             inbox.put(failure)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+from structlog.testing import capture_logs
 
 from peer.call_queue import CallQueue, Declined, Lane, Waiting
 from peer.compute_thread import ComputeThread, ComputeThreadStopped, Part
@@ -91,6 +92,22 @@ async def test_a_batch_that_raises_fails_its_callers_and_the_thread_goes_on() ->
         await ask(thread, call("unlucky"))
 
     assert await ask(thread, call("good")) == ["GOOD"]
+    assert thread.close(timeout_s=5.0)
+
+
+async def test_a_failure_is_logged_as_text_so_that_no_renderer_prints_the_tensors_in_its_frames() -> None:
+    def fail(works: Sequence[str], _: Callable[[], bool]) -> Iterator[Part[str]]:
+        yield from (Part(0, str(1 // 0)) for _ in works)
+
+    thread = thread_of(fail)
+    thread.start()
+    with capture_logs() as events, pytest.raises(ZeroDivisionError):
+        await ask(thread, call("a"))
+
+    (event,) = events
+    assert event["event"] == "compute.failed"
+    assert "in fail" in event["exception"]
+    assert "exc_info" not in event
     assert thread.close(timeout_s=5.0)
 
 
