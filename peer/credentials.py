@@ -83,6 +83,11 @@ class CredentialChecker:
         _remember(self._passed, data, (caller, credential.expires_at_unix_s))
         return caller
 
+    def passes_until_unix_s(self, data: bytes) -> float:
+        """Until when a credential goes on passing that has just passed."""
+        _, expires_at_unix_s = self._passed[data]
+        return expires_at_unix_s + CLOCK_SKEW_S
+
 
 def _parse(data: bytes) -> CallCredential:
     if len(data) > _MAX_CREDENTIAL_BYTES:

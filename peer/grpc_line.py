@@ -4,20 +4,27 @@ Measured on loopback: a kilobyte there and back takes 0.9 ms on a stream of its 
 every further message 0.05 ms. So small frames that are said in one breath travel as one message, a bundle: a byte that
 no protobuf begins with, then each frame after its length. A bundle may end its call, in either direction, and leaves
 the line open for the next. Whoever closes instead has made its last call; a call that fails takes its line with it.
+A line that carries nothing for long is closed: by its caller, and a good while later by the server.
 """
 
 import asyncio
 import struct
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
-from peer.errors import MalformedReply, PeerUnreachable, RemoteError
+from peer.errors import MalformedReply, RemoteError
 from peer.grpc_status import StatusWitness, grpc
 from peer.transport import CallRefused, Frame, PeerId, Refusal
 
 CALL_LIMIT_KEY = "swarmoe-call-limit-ms"
 """Metadata of a line: how long its caller grants each of its calls."""
+MAX_IDLE_S = 90.0
+"""So long a server keeps a line open for another call."""
+_CALLER_IDLE_S = 30.0
+"""So long its caller does: a call must not begin while the server closes."""
+_MAX_REPEATED_BYTES = 4 << 20
+"""Of a call that may have to be said again. Before more is said, one has heard whether the server had closed."""
 _BUNDLE, _LAST_BUNDLE = 0, 1
 END_OF_CALL = bytes([_LAST_BUNDLE])
 """A bundle of nothing."""
@@ -101,27 +108,67 @@ def heard(message: bytes) -> tuple[list[Frame], bool] | None:
     return frames, message[0] == _LAST_BUNDLE
 
 
+class Repeatable:
+    """The frames of a call that may have to be said again. For one listener at a time."""
+
+    def __init__(self, frames: AsyncIterable[Frame]) -> None:
+        self._rest = aiter(frames)
+        self._again: Iterator[Frame] = iter(())
+        self._said: list[Frame] | None = []
+        """None once they will not be said again."""
+        self._said_bytes = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Frame:
+        for frame in self._again:
+            return frame
+        frame = await anext(self._rest)
+        if self._said is not None:
+            self._said.append(frame)
+            self._said_bytes += len(frame)
+            if self._said_bytes > _MAX_REPEATED_BYTES:
+                self._said = None
+        return frame
+
+    def rewind(self) -> bool:
+        """Begin again, for the last time; False when that is no longer possible."""
+        said, self._said = self._said, None
+        self._again = iter(said or ())
+        return said is not None
+
+    def settle(self) -> None:
+        """They have been heard."""
+        self._said = None
+
+
 class CallerLine:
     """The caller's end. One call at a time."""
 
-    def __init__(self, rpc: Any, *, peer_id: PeerId, method: str, call_limit_s: float) -> None:
-        self.call_limit_s = call_limit_s
-        self.is_late = False
+    def __init__(self, rpc: Any, *, peer_id: PeerId, method: str, call_limit_s: float, until_s: float) -> None:
+        """`until_s`: when its last call may begin, on the loop's clock."""
+        self._call_limit_s = call_limit_s
+        self._until_s = self._idle_until_s = until_s
         self._peer_id = peer_id
         self._method = method
         self._rpc = rpc
         self._mouth = Mouth(rpc.write)
         self._witness = StatusWitness(rpc)
-        self._num_calls = 0
+        self._first: bytes | None = None
+        """The first message of an answer, once somebody has waited for it."""
 
     @property
     def is_open(self) -> bool:
         return not self._rpc.done()
 
-    def expire(self) -> None:
-        """The call's deadline is over."""
-        self.is_late = True
-        self._rpc.cancel()
+    def rest(self, *, now_s: float) -> None:
+        """Nobody uses it from now on."""
+        self._idle_until_s = min(self._until_s, now_s + _CALLER_IDLE_S)
+
+    def is_good_for(self, timeout_s: float, *, now_s: float) -> bool:
+        """As far as we know."""
+        return self.is_open and timeout_s <= self._call_limit_s and now_s < self._idle_until_s
 
     def cut(self) -> None:
         self._mouth.shut()
@@ -139,40 +186,60 @@ class CallerLine:
             self._rpc.cancel()
             raise
 
+    async def is_answered(self) -> bool:
+        """Wait until the answer to a line's next call begins; False when the server has closed instead, in good order.
+
+        Then it took nothing of the call: a server answers no more of a line that it closes. Raises as `replies` does.
+        """
+        try:
+            self._first = await self._rpc.read()
+        except grpc.aio.AioRpcError:
+            if await self.error() is not None:
+                raise
+            return False  # and our words came too late
+        return self._first is not _EOF
+
     async def replies(self) -> AsyncIterator[Frame]:
         """What is answered to one call. AioRpcError when the line broke, CancelledError when it was cut."""
-        num_read, is_over = 0, False
-        while not is_over and (message := await self._rpc.read()) is not _EOF:
+        is_over = False
+        while not is_over and (message := await self._next_message()) is not _EOF:
             parts = heard(message)
             if parts is None:
                 raise MalformedReply("a bundle does not decode", peer_id=self._peer_id, method=self._method)
             frames, is_over = parts
             for frame in frames:
-                num_read += 1
                 yield frame
-        if num_read == 0 and self._num_calls > 0 and not is_over:
-            raise PeerUnreachable("the peer closed", peer_id=self._peer_id, method=self._method)
-        self._num_calls += 1
 
     async def error(self) -> RemoteError | None:
         """What to raise after an AioRpcError; None when the peer had said everything and closed."""
         return await self._witness.error(peer_id=self._peer_id, method=self._method)
 
+    async def _next_message(self) -> Any:
+        first, self._first = self._first, None
+        return first if first is not None else await self._rpc.read()
+
 
 class ServerLine:
     """The server's end: hears the frames of one call after the other, and answers."""
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, *, until_s: float) -> None:
+        """`until_s`: when its last call may begin, on the loop's clock."""
         self.mouth = Mouth(context.write)
         self._context = context
+        self._until_s = until_s
         self._waiting: bytes | None = None
         """The message with which a call has begun."""
         self.is_at_end = False
         """Has the caller ended its call, and may it make another?"""
 
     async def next_call(self) -> bool:
-        """Wait until another call begins; False when none will."""
-        message = await self._context.read()
+        """Wait until another call begins; False when none will, or none has for long."""
+        now_s = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(min(now_s + MAX_IDLE_S, self._until_s)):
+                message = await self._context.read()
+        except TimeoutError:
+            return False
         if message is _EOF:
             return False
         self._waiting, self.is_at_end = message, False

@@ -85,13 +85,17 @@ class GrpcServer:
     async def _answer(self, method: Method, _: AsyncIterator[Frame], context: Any) -> None:
         """Serve a line."""
 
-        metadata = dict(context.invocation_metadata() or ())
+        metadata, now_unix_s = dict(context.invocation_metadata() or ()), time.time()
+        credential = metadata.get(METADATA_KEY)
         try:
-            caller = self._checker.check(metadata.get(METADATA_KEY), now_unix_s=time.time())
+            caller = self._checker.check(credential, now_unix_s=now_unix_s)
         except CallRefused as refusal:
             await _abort(context, refusal)
             return
-        line, limit_s = ServerLine(context), call_limit_s(context, metadata)
+        assert credential is not None, "a call without one does not pass"
+        left_s = self._checker.passes_until_unix_s(credential) - now_unix_s
+        line = ServerLine(context, until_s=asyncio.get_running_loop().time() + left_s)
+        limit_s = call_limit_s(context, metadata)
 
         async def send(frame: Frame) -> None:
             try:

@@ -4,6 +4,7 @@ One connection per endpoint, certificate included: a peer that restarted with a 
 """
 
 import asyncio
+import math
 import ssl
 import time
 from collections import defaultdict
@@ -16,9 +17,9 @@ from google.protobuf.message import DecodeError
 from peer.addresses import split_address
 from peer.answering import DEFAULT_CALL_S
 from peer.certificates import SERVER_NAME, Certificate, pem_of
-from peer.credentials import METADATA_KEY, CredentialIssuer
+from peer.credentials import LIFETIME_S, METADATA_KEY, CredentialIssuer
 from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable
-from peer.grpc_line import CALL_LIMIT_KEY, CallerLine
+from peer.grpc_line import CALL_LIMIT_KEY, CallerLine, Repeatable
 from peer.grpc_server import GrpcServer
 from peer.grpc_status import SERVICE, SHARED_OPTIONS, StatusWitness, grpc
 from peer.identity import Identity
@@ -56,26 +57,51 @@ class _Connection:
     idle: defaultdict[Method, list[CallerLine]] = field(default_factory=lambda: defaultdict(list))
     """Open lines that nobody uses, the last used last."""
 
-    def take_idle(self, method: Method, *, timeout_s: float) -> CallerLine | None:
-        """A line that is open, as far as we know, and grants its calls as much time."""
+    def take_idle(self, method: Method, *, timeout_s: float, now_s: float) -> CallerLine | None:
         lines = self.idle[method]
         while lines:
             line = lines.pop()
-            if line.is_open and timeout_s <= line.call_limit_s:
+            if line.is_good_for(timeout_s, now_s=now_s):
                 return line
             line.cut()
         return None
 
-    def keep(self, method: Method, line: CallerLine) -> None:
+    def keep(self, method: Method, line: CallerLine, *, now_s: float) -> None:
         if self.is_retired or len(self.idle[method]) == _MAX_IDLE_LINES:
             line.cut()
         else:
+            line.rest(now_s=now_s)
             self.idle[method].append(line)
 
-    def cut_idle(self) -> None:
-        for lines in self.idle.values():
-            while lines:
-                lines.pop().cut()
+    def cut_idle(self, *, now_s: float = math.inf) -> None:
+        """Those whose time is over; by default all."""
+        for method, lines in self.idle.items():
+            self.idle[method] = [line for line in lines if line.is_good_for(0, now_s=now_s)]
+            for line in lines:
+                if not line.is_good_for(0, now_s=now_s):
+                    line.cut()
+
+
+class _Attempt:
+    """One call on one line."""
+
+    def __init__(self, line: CallerLine, frames: AsyncIterable[Frame], *, deadline_s: float) -> None:
+        self.line = line
+        self.sender = asyncio.create_task(line.send(frames))  # ours: ended and awaited by `give_up`, or by its caller
+        self.is_late = False
+        self.deadline = asyncio.get_running_loop().call_at(deadline_s, self._expire)
+
+    async def give_up(self) -> None:
+        """Take the line with it. Idempotent."""
+        self.deadline.cancel()
+        self.sender.cancel()
+        self.line.cut()
+        await asyncio.wait([self.sender])
+
+    def _expire(self) -> None:
+        self.is_late = True
+        self.line.cut()
+        self.sender.cancel()
 
 
 class GrpcTransport:
@@ -117,16 +143,29 @@ class GrpcTransport:
         """See `Transport`."""
         if timeout_s <= 0:
             raise DeadlineExceeded("no time left", peer_id=endpoint.peer_id, method=method.value)
+        now_s = asyncio.get_running_loop().time()
         connection = self._connect(endpoint)
         connection.num_calls += 1
-        line = connection.take_idle(method, timeout_s=timeout_s) or self._open(connection, endpoint, method, timeout_s)
-        deadline = asyncio.get_running_loop().call_later(timeout_s, line.expire)
-        sender = asyncio.create_task(line.send(frames))  # ours: ended and awaited below
+        line = connection.take_idle(method, timeout_s=timeout_s, now_s=now_s)
+        words = Repeatable(frames) if line is not None else None
+        line = line or self._open(connection, endpoint, method, timeout_s)
+        attempt = _Attempt(line, words or frames, deadline_s=now_s + timeout_s)
         is_over = False
         try:
+            if words is not None:
+                if not await line.is_answered():
+                    await attempt.sender  # which has nobody to say the rest to
+                    await attempt.give_up()
+                    if not words.rewind():
+                        raise PeerUnreachable("the peer closed", peer_id=endpoint.peer_id, method=method.value)
+                    # Once, and to the same peer. It has taken nothing of the call; had it taken a backward all the
+                    # same, the call id would tell it so.
+                    line = self._open(connection, endpoint, method, timeout_s)
+                    attempt = _Attempt(line, words, deadline_s=now_s + timeout_s)
+                words.settle()
             async for frame in line.replies():
                 yield frame
-            await sender
+            await attempt.sender
             is_over = line.is_open
         except grpc.aio.AioRpcError:
             failure = await line.error()
@@ -135,23 +174,22 @@ class GrpcTransport:
             if failure is not None:
                 raise failure from None
         except asyncio.CancelledError:
+            sender = attempt.sender
             if sender.done() and not sender.cancelled() and (bug := sender.exception()) is not None:
                 raise bug from None  # `frames` raised, for which the line was cut
-            if line.is_late and not _is_cancelled():
+            if attempt.is_late and not _is_cancelled():
                 raise DeadlineExceeded(
                     f"no answer within {timeout_s:g} s", peer_id=endpoint.peer_id, method=method.value
                 ) from None
             raise
         finally:
-            deadline.cancel()
             connection.num_calls -= 1
             connection.used_s = asyncio.get_running_loop().time()
             if is_over:
-                connection.keep(method, line)
+                attempt.deadline.cancel()
+                connection.keep(method, line, now_s=connection.used_s)
             else:
-                sender.cancel()
-                line.cut()
-                await asyncio.wait([sender])
+                await attempt.give_up()
             self._close_if_over(connection)
 
     async def serve(self, servicer: Servicer, listen: str) -> GrpcServer:
@@ -181,7 +219,13 @@ class GrpcTransport:
         rpc = connection.channel.stream_stream(f"/{SERVICE}/{method.value}")(
             metadata=((METADATA_KEY, credential), (CALL_LIMIT_KEY, str(int(1e3 * call_limit_s))))
         )
-        return CallerLine(rpc, peer_id=endpoint.peer_id, method=method.value, call_limit_s=call_limit_s)
+        return CallerLine(
+            rpc,
+            peer_id=endpoint.peer_id,
+            method=method.value,
+            call_limit_s=call_limit_s,
+            until_s=asyncio.get_running_loop().time() + LIFETIME_S / 2,  # as long as its credential lives at the least
+        )
 
     def _connect(self, endpoint: Endpoint) -> _Connection:
         known, connection = self._connections.get(endpoint.peer_id, (None, None))
@@ -220,6 +264,7 @@ class GrpcTransport:
         self._tidying = None
         now_s = asyncio.get_running_loop().time()
         for endpoint, connection in list(self._connections.values()):
+            connection.cut_idle(now_s=now_s)
             if connection.num_calls == 0 and now_s - connection.used_s > _MAX_UNUSED_S:
                 self._retire(endpoint, connection)
         if self._connections:

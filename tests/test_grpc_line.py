@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterable
 
 import pytest
 
-from peer.grpc_line import END_OF_CALL, Mouth, heard
+from peer.grpc_line import END_OF_CALL, Mouth, Repeatable, heard
+from tests.transport_worlds import sending
 
 
 class Written:
@@ -80,6 +82,30 @@ def test_an_end_without_frames_is_an_end() -> None:
 def test_any_other_message_is_one_frame() -> None:
     assert heard(b"\x0a\x00") == ([b"\x0a\x00"], False)
     assert heard(b"") == ([b""], False)
+
+
+async def all_of(frames: AsyncIterable[bytes]) -> list[bytes]:
+    return [frame async for frame in frames]
+
+
+async def test_what_was_said_in_vain_is_said_again_and_the_rest_after_it() -> None:
+    words = Repeatable(sending(b"a", b"b", b"c"))
+    assert [await anext(words), await anext(words)] == [b"a", b"b"]
+
+    assert words.rewind()
+
+    assert await all_of(words) == [b"a", b"b", b"c"]
+    assert not words.rewind()
+
+
+async def test_what_was_heard_or_is_long_is_not_said_again() -> None:
+    heard_of, long = Repeatable(sending(b"a", b"b")), Repeatable(sending(*[bytes(1 << 20)] * 5))
+    assert await anext(heard_of) == b"a"
+    heard_of.settle()
+    assert len(await all_of(long)) == 5
+
+    assert not heard_of.rewind()
+    assert not long.rewind()
 
 
 @pytest.mark.hostile

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import math
 import random
 import signal
 import socket
@@ -19,7 +20,7 @@ from peer.addresses import split_address
 from peer.answering import DEFAULT_CALL_S, MAX_CALL_S
 from peer.call_stream import read_call, write_call
 from peer.certificates import Certificate, pem_of
-from peer.credentials import METADATA_KEY, issue
+from peer.credentials import CLOCK_SKEW_S, LIFETIME_S, METADATA_KEY, issue
 from peer.errors import (
     CouldNotListen,
     DeadlineExceeded,
@@ -27,7 +28,7 @@ from peer.errors import (
     PeerUnreachable,
 )
 from peer.event_loop import EventLoopThread
-from peer.grpc_line import CALL_LIMIT_KEY, END_OF_CALL, ServerLine
+from peer.grpc_line import CALL_LIMIT_KEY, END_OF_CALL, MAX_IDLE_S, ServerLine, heard
 from peer.grpc_status import ERROR_OF_STATUS, SERVICE, STATUS_OF_REFUSAL, grpc
 from peer.grpc_transport import GrpcTransport
 from peer.identity import Identity
@@ -140,7 +141,7 @@ async def _counting_echo() -> AsyncIterator[tuple[Endpoint, list[int]]]:
     calls: list[int] = []
 
     async def echo_calls(_: Any, context: Any) -> None:
-        line, number = ServerLine(context), len(calls)
+        line, number = ServerLine(context, until_s=math.inf), len(calls)
         calls.append(0)
         while True:
             calls[number] += 1
@@ -203,6 +204,117 @@ async def test_a_stream_that_nobody_uses_does_not_hold_up_a_closing_server(world
 
     with pytest.raises(PeerUnreachable):
         await ask(trainer, peer.endpoint)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize(("age_s", "lasts_s"), [(0, MAX_IDLE_S), (LIFETIME_S + CLOCK_SKEW_S - 40, 40)])
+def test_a_stream_without_a_call_is_closed_in_time_and_with_its_credential_at_the_latest(
+    age_s: float, lasts_s: float
+) -> None:
+    async def scenario() -> grpc.StatusCode:
+        world = grpc_world()
+        try:
+            peer = await world.serving(echo)
+            credential = issue(Identity.generate(), peer.endpoint, now_unix_s=time.time() - age_s)
+            async with _raw_channel(peer.endpoint) as channel:
+                line = channel.stream_stream(f"/{SERVICE}/Forward")(metadata=((METADATA_KEY, credential),))
+                for _ in range(2):
+                    await line.write(b"hello")
+                    await line.write(END_OF_CALL)
+                    while not (heard(await line.read()) or ([], False))[1]:
+                        pass
+                    skip(lasts_s - 10)
+                skip(20)
+                async with asyncio.timeout(5):
+                    assert await line.read() is grpc.aio.EOF
+                return await line.code()
+        finally:
+            await world.close()
+
+    assert run_skipping(scenario()) is StatusCode.OK
+
+
+def test_a_caller_leaves_a_stream_before_its_server_does() -> None:
+    async def scenario() -> list[int]:
+        trainer = grpc_world().member()
+        async with _counting_echo() as (endpoint, calls):
+            for pause_s in (0, 20, 20, 40, *[20] * 20):
+                skip(pause_s)
+                assert await ask(trainer, endpoint) == [b"hello"]
+            await trainer.transport.close()
+        return calls
+
+    three, most, rest = run_skipping(scenario())
+
+    assert three == 3  # then comes the long pause
+    assert most == LIFETIME_S / 2 / 20  # then half of a credential's life is over
+    assert rest == 24 - three - most
+
+
+@asynccontextmanager
+async def _closing_server(answered: Iterable[bool], *, status: grpc.StatusCode = StatusCode.OK) -> AsyncIterator[Any]:
+    """Answers a stream's first call, or not; closes it when a second one comes. And how many streams there were."""
+    streams: list[bool] = []
+    answers = iter(answered)
+
+    async def answer_once(_: Any, context: Any) -> None:
+        streams.append(next(answers))
+        line = ServerLine(context, until_s=math.inf)
+        async for frame in line.frames():
+            if streams[-1]:
+                await line.mouth.say(frame)
+        if streams[-1]:
+            await line.mouth.end_call()
+            await line.next_call()
+        if status is not StatusCode.OK:
+            await context.abort(status)
+
+    async with _raw_server(answer_once) as endpoint:
+        yield endpoint, streams
+
+
+@pytest.mark.parametrize("num_chunks", [0, 1, 3])
+async def test_a_call_whose_stream_had_been_closed_between_two_calls_is_made_once_more(num_chunks: int) -> None:
+    trainer = grpc_world().member()
+    frames = [b"header", *(b"%d" % n * CHUNK_BYTES for n in range(num_chunks))]
+    async with _closing_server([True] * 3) as (endpoint, streams):
+        for _ in range(3):
+            assert await ask(trainer, endpoint, sending(*frames)) == frames
+        await trainer.transport.close()
+
+    assert len(streams) == 3
+
+
+async def test_a_call_is_made_no_third_time() -> None:
+    trainer = grpc_world().member()
+    async with _closing_server([True, False]) as (endpoint, streams):
+        assert await ask(trainer, endpoint) == [b"hello"]
+        assert await ask(trainer, endpoint) == []  # as any answer that ends early
+        await trainer.transport.close()
+
+    assert streams == [True, False]
+
+
+async def test_a_call_whose_stream_breaks_is_not_made_again() -> None:
+    trainer = grpc_world().member()
+    async with _closing_server([True, True], status=StatusCode.UNAVAILABLE) as (endpoint, streams):
+        assert await ask(trainer, endpoint) == [b"hello"]
+        with pytest.raises(PeerUnreachable):
+            await ask(trainer, endpoint)
+        await trainer.transport.close()
+
+    assert streams == [True]
+
+
+async def test_a_call_that_waits_for_its_own_words_when_its_stream_closes_ends_by_its_deadline() -> None:
+    trainer = grpc_world().member()
+    async with _closing_server([True, True]) as (endpoint, streams):
+        assert await ask(trainer, endpoint) == [b"hello"]
+        with pytest.raises(DeadlineExceeded):
+            await ask(trainer, endpoint, _trickling(b"half a call"), timeout_s=0.2)
+        await trainer.transport.close()
+
+    assert streams == [True]
 
 
 @pytest.mark.hostile
