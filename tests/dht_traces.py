@@ -30,6 +30,7 @@ class Traces:
     def left(self, within_s: float) -> list[str]:
         """What is still there after `within_s`; returns as soon as there is nothing."""
         _, alive = psutil.wait_procs(self.processes(), timeout=within_s)
+        alive = [process for process in alive if self._is_ours(process)]  # not one that init has yet to collect
         return [str(process) for process in alive] + [str(path) for path in self.folder.rglob("*")]
 
     def shared_memory(self) -> list[str]:
