@@ -18,7 +18,7 @@ from peer.wire_codecs import Codec
 from protos import swarm_pb2 as pb
 
 Admit = Callable[[Call, int], Awaitable[None]]
-"""Hears of a call, still without tensors, and how many bytes of these are to come. May wait; may raise CallRefused."""
+"""Hears of a call, still without tensors, and how many bytes these take decoded. May wait; may raise CallRefused."""
 
 
 async def write_call(call: Call) -> AsyncIterator[Frame]:
@@ -82,7 +82,7 @@ async def _read_call(frames: AsyncIterator[Frame], limits: CallLimits, method: M
         score=header.score,
     )
     if admit is not None:
-        await admit(call, sum(spec.size_bytes for spec in specs.values()))
+        await admit(call, sum(spec.decoded_bytes for spec in specs.values()))
     assembler = TensorAssembler(list(specs.values()))
     async for frame in frames:
         chunk = parse_frame(frame, pb.CallFrame)

@@ -64,6 +64,11 @@ class TensorSpec:
     def num_rows(self) -> int:
         return self.shape[0]
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Inside, as fp32 or int32: up to four times what travels."""
+        return codecs.size_bytes(self.role.dtype, Codec.RAW, self.shape)
+
 
 @dataclass(frozen=True)
 class WireTensor:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ from tests.transport_worlds import Member, World
 
 RUN = tiny_run()
 X_ND = torch.randn(6, DIM, generator=seeded(0))
-ROOM_BYTES = 8 * 2 * X_ND.nbytes
-"""Eight calls and their answers fit at a time, and not nine."""
+ROOM_BYTES = 2 * 8 * 2 * X_ND.nbytes
+"""Eight calls of one caller and their answers fit at a time, and not nine: they have half of it."""
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Served:
     service: ExpertService
     endpoint: Endpoint
     trainer: Member
+    stranger: Member
 
     async def ask(self, call: Call, *, timeout_s: float = 5.0) -> list[GroupReply]:
         frames = self.trainer.transport.call(self.endpoint, Method.FORWARD, write_call(call), timeout_s=timeout_s)
@@ -52,14 +53,14 @@ def introduce(request: InfoRequest) -> InfoReply:
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
     world = World(MemoryNetwork().transport)
-    peer, trainer = world.member(), world.member()
+    peer, trainer, stranger = world.member(), world.member(), world.member()
     host = ExpertHost(RUN, device=CPU, snapshots=None, max_experts=4)
     host.start()
     await host.host([ExpertUid(0, 0)], {})
     service = ExpertService(host, CallLimits.of(RUN), introduce, max_bytes_in_flight=ROOM_BYTES)
     server = await peer.transport.serve(service, "127.0.0.1:0")
     endpoint = Endpoint(peer.identity.peer_id, server.address, peer.transport.certificate_der)
-    yield Served(host, service, endpoint, trainer)
+    yield Served(host, service, endpoint, trainer, stranger)
     await world.close()
     assert await asyncio.to_thread(host.close, timeout_s=5.0)
 
@@ -96,6 +97,33 @@ class Busy:
     async def __aexit__(self, *_: object) -> None:
         self._go_on.set()
         await self._working
+
+
+@contextlib.asynccontextmanager
+async def half_sent(
+    member: Member, endpoint: Endpoint, call: Call, *, method: Method = Method.FORWARD
+) -> AsyncIterator[int]:
+    """Twenty calls of which the peer gets no more than it asks for, and not the end; gives how many it lets begin."""
+    num_begun = 0
+
+    async def begin(number: int) -> None:
+        async def frames() -> AsyncIterator[Frame]:
+            nonlocal num_begun
+            header, *_ = [frame async for frame in write_call(replace(call, call_id=bytes([number]) * 16))]
+            yield header
+            num_begun += 1
+            await asyncio.Event().wait()
+
+        await anext(member.transport.call(endpoint, method, frames(), timeout_s=600.0))
+
+    begun = [asyncio.ensure_future(begin(number)) for number in range(20)]
+    await turns(100)
+    try:
+        yield num_begun
+    finally:
+        for beginning in begun:
+            beginning.cancel()
+        await asyncio.gather(*begun, return_exceptions=True)
 
 
 async def turns(number: int = 20) -> None:
@@ -192,6 +220,54 @@ async def test_calls_whose_bytes_have_no_room_are_told_not_now_before_they_send_
         waiting.cancel()
     await asyncio.gather(*silent, return_exceptions=True)
     assert await served.service.leave(timeout_s=1.0)
+
+
+@pytest.mark.parametrize("codec", [Codec.RAW, Codec.BF16])
+async def test_a_call_takes_the_room_that_it_needs_once_it_is_decoded(served: Served, codec: Codec) -> None:
+    tensors = {Role.ROWS: encode(X_ND, Role.ROWS, codec)}
+    async with half_sent(served.trainer, served.endpoint, call_of(tensors=tensors, reply_codec=codec)) as num_begun:
+        assert num_begun == 8
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("method", [Method.FORWARD, Method.BACKWARD])
+async def test_a_stranger_that_ends_none_of_its_calls_keeps_nobody_else_out(served: Served, method: Method) -> None:
+    gradients = {Role.GRADIENTS: encode(X_ND, Role.GRADIENTS, Codec.RAW)}
+    changes = {"tensors": gradients, "loss_tokens": 1.0} if method is Method.BACKWARD else {}
+    call = call_of(timeout_s=600.0, **changes)
+
+    async with half_sent(served.stranger, served.endpoint, call, method=method):
+        for number in range(3):
+            answer = await served.ask(call_of(call_id=bytes([number]) * 16))
+
+            assert answer[0].experts[0].outcome is Outcome.OK
+
+
+@pytest.mark.hostile
+async def test_a_call_whose_bytes_stop_coming_is_ended_long_before_its_deadline(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.arrival.MAX_PAUSE_S", 0.02)
+
+    async def silent() -> AsyncIterator[Frame]:
+        async for frame in write_call(call_of(timeout_s=600.0)):
+            yield frame
+            await asyncio.Event().wait()
+
+    with pytest.raises(PeerOverloaded, match="its bytes come too slowly"):
+        await anext(served.stranger.transport.call(served.endpoint, Method.FORWARD, silent(), timeout_s=600.0))
+
+    assert served.service._room.taken_bytes == 0
+
+
+async def test_a_backward_waits_for_room_no_longer_than_it_has_time(served: Served) -> None:
+    gradients = {Role.GRADIENTS: encode(X_ND, Role.GRADIENTS, Codec.RAW)}
+    backward = call_of(timeout_s=0.05, tensors=gradients, loss_tokens=1.0)
+    async with half_sent(served.trainer, served.endpoint, call_of()):
+        asked = served.trainer.transport.call(served.endpoint, Method.BACKWARD, write_call(backward), timeout_s=5.0)
+
+        with pytest.raises(PeerOverloaded, match="there was no room for it in its time"):
+            await anext(asked)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tensors": {Role.ROWS: encode(X_ND * torch.nan, Role.ROWS, Codec.RAW)}}])
