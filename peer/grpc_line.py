@@ -222,24 +222,17 @@ class CallerLine:
 class ServerLine:
     """The server's end: hears the frames of one call after the other, and answers."""
 
-    def __init__(self, context: Any, *, until_s: float) -> None:
-        """`until_s`: when its last call may begin, on the loop's clock."""
+    def __init__(self, context: Any) -> None:
         self.mouth = Mouth(context.write)
         self._context = context
-        self._until_s = until_s
         self._waiting: bytes | None = None
         """The message with which a call has begun."""
         self.is_at_end = False
         """Has the caller ended its call, and may it make another?"""
 
     async def next_call(self) -> bool:
-        """Wait until another call begins; False when none will, or none has for long."""
-        now_s = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout_at(min(now_s + MAX_IDLE_S, self._until_s)):
-                message = await self._context.read()
-        except TimeoutError:
-            return False
+        """Wait until another call begins; False when none will."""
+        message = await self._context.read()
         if message is _EOF:
             return False
         self._waiting, self.is_at_end = message, False

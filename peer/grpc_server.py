@@ -1,6 +1,7 @@
 """The listening side of gRPC: TLS, who is calling, statuses. What a call means is the servicer's."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ from peer.answering import CallerGone, Failure, answer_call, answer_info, contex
 from peer.certificates import Certificate
 from peer.credentials import METADATA_KEY, CredentialChecker
 from peer.errors import CouldNotListen
-from peer.grpc_line import ServerLine, call_limit_s
+from peer.grpc_line import MAX_IDLE_S, ServerLine, call_limit_s
 from peer.grpc_status import SERVICE, SHARED_OPTIONS, STATUS_OF_REFUSAL, grpc, name_of
 from peer.transport import CallContext, CallRefused, Frame, Method, PeerId, Refusal, Servicer
 from protos.swarm_pb2 import InfoReply, InfoRequest
@@ -28,6 +29,7 @@ _OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 0),
 ]
+_TIDY_EVERY_S = 5.0
 
 
 class GrpcServer:
@@ -39,8 +41,9 @@ class GrpcServer:
         self._checker = CredentialChecker(peer_id, certificate.sha256)
         self._server = grpc.aio.server(options=_OPTIONS)
         self._is_closing = False
-        self._idle: set[asyncio.Task[Any]] = set()
-        """Lines between two calls."""
+        self._idle: dict[asyncio.Task[Any], float] = {}
+        """Lines between two calls, and until when each may be, on the loop's clock."""
+        self._tidying: asyncio.TimerHandle | None = None
         handlers = {
             "Info": grpc.unary_unary_rpc_method_handler(self._info),
             **{method.value: grpc.stream_stream_rpc_method_handler(partial(self._answer, method)) for method in Method},
@@ -58,6 +61,7 @@ class GrpcServer:
 
     async def start(self) -> None:
         await self._server.start()
+        self._tidy()
 
     @property
     def address(self) -> str:
@@ -67,8 +71,9 @@ class GrpcServer:
     async def close(self, grace_s: float) -> None:
         """Refuse new calls, let running ones end within `grace_s`, then cut them. Idempotent."""
         self._is_closing = True
-        for waiting in self._idle:
-            waiting.cancel()
+        if self._tidying is not None:
+            self._tidying.cancel()
+        self._dismiss(now_s=math.inf)
         await self._server.stop(grace_s)
 
     async def _info(self, data: bytes, context: Any) -> bytes:
@@ -94,8 +99,8 @@ class GrpcServer:
             return
         assert credential is not None, "a call without one does not pass"
         left_s = self._checker.passes_until_unix_s(credential) - now_unix_s
-        line = ServerLine(context, until_s=asyncio.get_running_loop().time() + left_s)
-        limit_s = call_limit_s(context, metadata)
+        ends_s = asyncio.get_running_loop().time() + left_s
+        line, limit_s = ServerLine(context), call_limit_s(context, metadata)
 
         async def send(frame: Frame) -> None:
             try:
@@ -105,7 +110,8 @@ class GrpcServer:
 
         try:
             while await self._answer_one(method, line, context, context_of(caller, timeout_s=limit_s), send):
-                pass
+                if self._is_closing or not await self._wait_for_another(line, ends_s=ends_s):
+                    break
         finally:
             line.mouth.shut()
 
@@ -117,28 +123,40 @@ class GrpcServer:
         call_context: CallContext,
         send: Callable[[Frame], Awaitable[None]],
     ) -> bool:
-        """Answer a line's present call; False when no other call will come."""
+        """Answer a line's present call; False when it was the last."""
         ending = await answer_call(self._servicer, method, line.frames(), call_context, send)
         is_last = ending is not None or not line.is_at_end or self._is_closing
         with suppress(grpc.aio.BaseError):  # the caller is gone, as whoever reads or aborts next will hear
             await (line.mouth.flush() if is_last else line.mouth.end_call())
         if ending is not None:
             await _abort(context, ending)
-        return not is_last and await self._wait_for_another(line)
+        return not is_last
 
-    async def _wait_for_another(self, line: ServerLine) -> bool:
-        """False when no call will come, or this server closes first."""
+    async def _wait_for_another(self, line: ServerLine, *, ends_s: float) -> bool:
+        """False when no call will come, or we have waited long enough."""
         waiting = asyncio.current_task()
         assert waiting is not None
-        self._idle.add(waiting)
+        self._idle[waiting] = min(asyncio.get_running_loop().time() + MAX_IDLE_S, ends_s)
         try:
             return await line.next_call()
         except asyncio.CancelledError:
-            if not self._is_closing:
+            if waiting in self._idle:  # by gRPC: the caller is gone
                 raise
             return False
         finally:
-            self._idle.discard(waiting)
+            self._idle.pop(waiting, None)
+
+    def _dismiss(self, *, now_s: float) -> None:
+        """End the lines whose wait is over."""
+        for waiting in [waiting for waiting, until_s in self._idle.items() if until_s <= now_s]:
+            del self._idle[waiting]
+            waiting.cancel()
+
+    def _tidy(self) -> None:
+        """One timer for all lines: each having its own costs every call something."""
+        loop = asyncio.get_running_loop()
+        self._dismiss(now_s=loop.time())
+        self._tidying = loop.call_later(_TIDY_EVERY_S, self._tidy)
 
 
 async def _abort(context: Any, ending: CallRefused | Failure) -> Any:

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import math
 import random
 import signal
 import socket
@@ -141,7 +140,7 @@ async def _counting_echo() -> AsyncIterator[tuple[Endpoint, list[int]]]:
     calls: list[int] = []
 
     async def echo_calls(_: Any, context: Any) -> None:
-        line, number = ServerLine(context, until_s=math.inf), len(calls)
+        line, number = ServerLine(context), len(calls)
         calls.append(0)
         while True:
             calls[number] += 1
@@ -259,7 +258,7 @@ async def _closing_server(answered: Iterable[bool], *, status: grpc.StatusCode =
 
     async def answer_once(_: Any, context: Any) -> None:
         streams.append(next(answers))
-        line = ServerLine(context, until_s=math.inf)
+        line = ServerLine(context)
         async for frame in line.frames():
             if streams[-1]:
                 await line.mouth.say(frame)
