@@ -219,6 +219,28 @@ class CallerLine:
         return first if first is not None else await self._rpc.read()
 
 
+class Attempt:
+    """One call on one line."""
+
+    def __init__(self, line: CallerLine, frames: AsyncIterable[Frame], *, deadline_s: float) -> None:
+        self.line = line
+        self.sender = asyncio.create_task(line.send(frames))  # ours: ended and awaited by `give_up`, or by its caller
+        self.is_late = False
+        self.deadline = asyncio.get_running_loop().call_at(deadline_s, self._expire)
+
+    async def give_up(self) -> None:
+        """Take the line with it. Idempotent."""
+        self.deadline.cancel()
+        self.sender.cancel()
+        self.line.cut()
+        await asyncio.wait([self.sender])
+
+    def _expire(self) -> None:
+        self.is_late = True
+        self.line.cut()
+        self.sender.cancel()
+
+
 class ServerLine:
     """The server's end: hears the frames of one call after the other, and answers."""
 

@@ -19,7 +19,7 @@ from peer.answering import DEFAULT_CALL_S
 from peer.certificates import SERVER_NAME, Certificate, pem_of
 from peer.credentials import LIFETIME_S, METADATA_KEY, CredentialIssuer
 from peer.errors import DeadlineExceeded, MalformedReply, PeerUnreachable
-from peer.grpc_line import CALL_LIMIT_KEY, CallerLine, Repeatable
+from peer.grpc_line import CALL_LIMIT_KEY, Attempt, CallerLine, Repeatable
 from peer.grpc_server import GrpcServer
 from peer.grpc_status import SERVICE, SHARED_OPTIONS, StatusWitness, grpc
 from peer.identity import Identity
@@ -82,28 +82,6 @@ class _Connection:
                     line.cut()
 
 
-class _Attempt:
-    """One call on one line."""
-
-    def __init__(self, line: CallerLine, frames: AsyncIterable[Frame], *, deadline_s: float) -> None:
-        self.line = line
-        self.sender = asyncio.create_task(line.send(frames))  # ours: ended and awaited by `give_up`, or by its caller
-        self.is_late = False
-        self.deadline = asyncio.get_running_loop().call_at(deadline_s, self._expire)
-
-    async def give_up(self) -> None:
-        """Take the line with it. Idempotent."""
-        self.deadline.cancel()
-        self.sender.cancel()
-        self.line.cut()
-        await asyncio.wait([self.sender])
-
-    def _expire(self) -> None:
-        self.is_late = True
-        self.line.cut()
-        self.sender.cancel()
-
-
 class GrpcTransport:
     """Dials and listens as one identity with one certificate. Belongs to the event loop it is first used on."""
 
@@ -149,7 +127,7 @@ class GrpcTransport:
         line = connection.take_idle(method, timeout_s=timeout_s, now_s=now_s)
         words = Repeatable(frames) if line is not None else None
         line = line or self._open(connection, endpoint, method, timeout_s)
-        attempt = _Attempt(line, words or frames, deadline_s=now_s + timeout_s)
+        attempt = Attempt(line, words or frames, deadline_s=now_s + timeout_s)
         is_over = False
         try:
             if words is not None:
@@ -161,7 +139,7 @@ class GrpcTransport:
                     # Once, and to the same peer. It has taken nothing of the call; had it taken a backward all the
                     # same, the call id would tell it so.
                     line = self._open(connection, endpoint, method, timeout_s)
-                    attempt = _Attempt(line, words, deadline_s=now_s + timeout_s)
+                    attempt = Attempt(line, words, deadline_s=now_s + timeout_s)
                 words.settle()
             async for frame in line.replies():
                 yield frame
