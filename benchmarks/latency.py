@@ -3,9 +3,11 @@
 A chain of 16 remote layers (`ffn`, D 128, H 512, one expert each, on one peer), so 32 calls a micro-batch: forward and
 backward, over gRPC on loopback, the answer to each call held back by an exponential delay of mean 0 to 200 ms. J
 micro-batches are in flight all the time, each on a thread that waits for its calls. The micro-batch is calibrated to
-cost 0.25 s of CPU, trainer and peer together, at no delay. Printed: throughput, its share of that at no delay, and what
-the model min(C, J B / (n (t + delay))) says, with C the throughput at no delay, n the calls and t the time of one that
-is alone. `--full` takes every delay, with one micro-batch in flight too; quick takes 0 and 100 ms.
+take 0.25 s of the machine, both processes at work, at no delay: C is 4 a second. (Sized to 0.25 s summed over two cores
+that overlap, C would be up to 8, and 32 in flight cannot do more than 5 a second at 200 ms, whoever computes.) Printed:
+throughput, its share of that at no delay, the CPU seconds of a micro-batch over both processes, and what the model
+min(C, J B / (n (t + delay))) says, with C the throughput at no delay, n the calls and t the time of one that is alone.
+`--full` takes every delay, with one micro-batch in flight too; quick takes 0 and 100 ms.
 
 What bounds it: at short delays the CPU; once J B / (n (t + delay)) falls below C, the micro-batches in flight.
 """
@@ -26,8 +28,8 @@ from peer.manifest import ModelSettings, RouterSettings, RunManifest, WireSettin
 DIM, HIDDEN, NUM_LAYERS = 128, 512, 16
 NUM_CALLS = 2 * NUM_LAYERS
 IN_FLIGHT = 32
-CPU_S = 0.25
-"""Of one micro-batch at no delay."""
+COST_S = 0.25
+"""Between one micro-batch and the next, at no delay."""
 FULL_DELAYS_MS, QUICK_DELAYS_MS = (0, 20, 50, 100, 200), (0, 100)
 
 
@@ -69,12 +71,12 @@ class Chain:
 
     def calibrate(self) -> None:
         """Choose the tokens of a micro-batch by what a small and a large one take."""
-        small, large = 64, 320
+        small, large = 128, 512
         cost_s = {}
         for self.num_tokens in (small, large):
-            cost_s[self.num_tokens] = self.measure(in_flight=IN_FLIGHT // 4, delay_ms=0, for_s=2.0).cpu_s
+            cost_s[self.num_tokens] = 1 / self.measure(in_flight=8, delay_ms=0, for_s=2.0).micro_batches_per_s
         per_token_s = (cost_s[large] - cost_s[small]) / (large - small)
-        self.num_tokens = max(16, round(small + (CPU_S - cost_s[small]) / per_token_s))
+        self.num_tokens = max(16, round(small + (COST_S - cost_s[small]) / per_token_s))
 
     def measure(self, *, in_flight: int, delay_ms: float, for_s: float) -> "Point":
         """In the steady state: every micro-batch has been through once, so that they are spread over the chain."""
