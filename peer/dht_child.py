@@ -47,6 +47,8 @@ class DhtChild:
         self._next_id = 0
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.is_running = True
+        self._is_leaving = False
+        """Nothing can be said to it any more."""
 
     @classmethod
     def spawn(cls) -> Self:
@@ -89,7 +91,7 @@ class DhtChild:
 
     async def request(self, verb: str, *, timeout_s: float, **fields: Any) -> Any:
         """Ask and wait. Raises RecordsUnavailable when no answer comes in time, CouldNotJoin, CouldNotListen."""
-        if not self.is_running or self._writer is None:
+        if not self.is_running or self._writer is None or self._is_leaving:
             raise RecordsUnavailable("the DHT process is not running")
         self._next_id += 1
         request: Frame = {"id": self._next_id, "verb": verb, **fields}
@@ -106,6 +108,7 @@ class DhtChild:
 
     def hang_up(self) -> None:
         """Let it end by itself: to it, the end of our side of the socket pair is the end of us."""
+        self._is_leaving = True
         if self._writer is not None and self._writer.can_write_eof() and not self._writer.is_closing():
             self._writer.write_eof()
 

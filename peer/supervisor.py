@@ -184,8 +184,9 @@ class DhtSupervisor:
                 if await self._look() == 0:
                     await self._rejoin()
         except (RecordsUnavailable, CouldNotListen) as error:
-            log.warning("dht.process_useless", reason=str(error))
-            self._child.kill()
+            if not self._closing:  # then it is leaving by itself
+                log.warning("dht.process_useless", reason=str(error))
+                self._child.kill()
 
     async def _listen(self, settings: DhtSettings) -> None:
         await self._child.request(

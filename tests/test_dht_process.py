@@ -129,6 +129,18 @@ async def test_a_frozen_process_is_gone_when_its_member_closes(traces: Traces) -
     assert traces.left(within_s=0.5) == []
 
 
+async def test_nothing_is_asked_of_a_process_that_was_told_to_end(traces: Traces) -> None:
+    supervisor = DhtSupervisor.spawn()
+    await supervisor.start(DhtSettings(RUN), timeout_s=30)
+
+    closing = asyncio.create_task(supervisor.close())
+    await asyncio.sleep(0)  # it has hung up, and waits for the process to end
+
+    with pytest.raises(RecordsUnavailable):
+        await supervisor.get("peer")
+    await closing
+
+
 async def test_one_that_was_never_started_is_closed(traces: Traces) -> None:
     supervisor = DhtSupervisor.spawn()
 
