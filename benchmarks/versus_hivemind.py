@@ -11,7 +11,8 @@ hivemind's, on our side as kinds of ours with the same maths (`versus/kinds.py`)
   `vs_best` is one `RemoteExpert` call per expert, all at once, there and back, in fp16, its fastest codec here
   (`--full` tries fp32 as well and takes the faster; its 8-bit codecs do not work with numpy 2.4). `vs_documented` is
   `RemoteMixtureOfExperts`, one call per token and expert; the quick run gives it 256 tokens and multiplies by 8.
-  `layer_bound` has our layer with its experts in process, on one thread: what `vs_best` would be without any network.
+  `layer_bound`, of `--full` alone, has our layer with its experts in process, on one thread: what `vs_best` would be
+  without any network.
 
 A round of theirs that fails (streams above 2 MiB lose their tail now and then) is counted and left out.
 """
@@ -54,20 +55,22 @@ class Match:
 
 def matches(*, full: bool) -> list[Match]:
     """What is measured, in order. Those with the same contestants follow each other."""
-    turns = 15 if full else 5
+    turns, turns_of_long = (15, 15) if full else (3, 2)
     single = [("nop", 1, 1, 20), ("nop", 64, 1, 15), ("nop", 1024, 1, 5), ("nop", 4096, 1, 3)]
     single += [("ffn", 32, 4, 8), ("ffn", 256, 4, 3), ("ffn", 2048, 4, 1)]
     found: list[Match] = []
     for scene, rows, clients, rounds in single:
         turn = Turn("round", rows, clients, rounds)
-        found.append(Match(f"{scene}_{rows}", Way((scene,), turn), (Way((scene, "NONE"), turn),), turns))
+        num_turns = turns if rounds > 1 else turns_of_long
+        found.append(Match(f"{scene}_{rows}", Way((scene,), turn), (Way((scene, "NONE"), turn),), num_turns))
     layer = Turn("round", LAYER_TOKENS, 1, 2)
     best = tuple(Way(("layer", compression), layer) for compression in ("FLOAT16", "NONE")[: 2 if full else 1])
-    found.append(Match("layer_vs_best", Way(("layer",), layer), best, turns))
-    in_process = Way(("layer",), Turn("in_process", LAYER_TOKENS, 1, 2))
-    found.append(Match("layer_bound", in_process, best[:1], turns))
+    found.append(Match("layer_vs_best", Way(("layer",), layer), best, turns_of_long))
+    if full:
+        in_process = Way(("layer",), Turn("in_process", LAYER_TOKENS, 1, 2))
+        found.append(Match("layer_bound", in_process, best[:1], turns))
     tokens = LAYER_TOKENS if full else DOCUMENTED_TOKENS
-    documented = Way(("layer", "FLOAT16"), Turn("documented", tokens, 1, 2), scale=LAYER_TOKENS / tokens)
+    documented = Way(("layer", "FLOAT16"), Turn("documented", tokens, 1, 1), scale=LAYER_TOKENS / tokens)
     found.append(Match("layer_vs_documented", Way(("layer",), layer), (documented,), turns=3 if full else 1))
     return found
 
@@ -126,7 +129,9 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--full", action="store_true", help="three times the turns; the documented way with all tokens")
+    parser.add_argument(
+        "--full", action="store_true", help="many more turns, the layer's bound, the documented way with all tokens"
+    )
     parser.add_argument("--only", default="", help="only figures that start so, for example nop")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _unwind)
