@@ -79,11 +79,12 @@ def test_a_peer_killed_in_mid_step_is_missed_and_comes_back_with_what_it_learnt(
         (folder / "identity.key").unlink()
     again = started.peer(training.swarm.join, "--max-experts=2", name="peer-0")
     training.swarm.peers[0] = again
-    uids = [again.event("expert.restored", uid=expert["uid"])["uid"] for expert in saved]
     whole = training.after(5, all_alive=True)
+    restored = [event["uid"] for event in again.events("expert.restored")]
 
     assert (again.key == victim.key) == (identity == "same")
-    assert len(uids) == 2
+    assert len(restored) == 2
+    assert set(restored) <= {expert["uid"] for expert in saved}  # it may have had more, and given them up
     assert again.events("expert.fresh") == []
     assert min(step["experts_alive"] for step in without) == 2
     _check_steps([*without, *whole])
